@@ -1,0 +1,64 @@
+"""What every test runs under: shapes checked, no silent promotion, CPU unless the GPU is asked for."""
+
+import os
+
+import hypothesis
+import jax
+import jaxtyping
+import pytest
+from jaxtyping import install_import_hook
+
+PACKAGES = ("sparsellm", "pallas_kernels", "models", "experiments")
+
+# Before any of them is imported: every jaxtyping annotation in them is checked at call time.
+install_import_hook(PACKAGES, "beartype.beartype")
+
+hypothesis.settings.register_profile("sparsellm", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("sparsellm")
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def _asks_for_gpu(config: pytest.Config) -> bool:
+    return config.option.markexpr.strip() == "gpu"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not _asks_for_gpu(config):
+        jax.config.update("jax_platforms", "cpu")
+        os.environ["JAX_PLATFORMS"] = "cpu"  # for the processes that tests start
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """`gpu` tests are left out unless asked for, and then skip where there is no GPU."""
+    if not config.option.markexpr:
+        gpu_items = [item for item in items if item.get_closest_marker("gpu")]
+        if gpu_items:
+            config.hook.pytest_deselected(items=gpu_items)
+            items[:] = [item for item in items if item not in gpu_items]
+    elif _asks_for_gpu(config) and jax.default_backend() != "gpu":
+        for item in items:
+            item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU that jax can use"))
+
+
+@pytest.fixture
+def unchecked():
+    """Without jaxtyping's checks, as outside pytest: for tests of what a function itself says to wrong shapes."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture
+def getkey():
+    """A function that gives a fresh PRNG key at every call, the same ones in every run."""
+    key = jax.random.key(0)
+    count = 0
+
+    def next_key() -> jax.Array:
+        nonlocal count
+        count += 1
+        return jax.random.fold_in(key, count)
+
+    return next_key
