@@ -1,0 +1,8 @@
+"""GPU kernels as plain JAX functions. `python -m pallas_kernels list` says which."""
+
+from pallas_kernels.gather_matmul import gather_matmul
+from pallas_kernels.micro_tile_index import MicroTileIndex, micro_tile_index
+
+KERNELS = ("gather_matmul", "micro_tile_index")
+
+__all__ = ["KERNELS", "MicroTileIndex", "gather_matmul", "micro_tile_index"]

@@ -1,0 +1,23 @@
+"""Which GPU a kernel is traced for: the abstract device of the ambient mesh, else the first local device."""
+
+import jax
+
+
+def device_kind() -> str:
+    """Name of the device, such as "NVIDIA H200" or "cpu"."""
+    if abstract := jax.sharding.get_abstract_mesh().abstract_device:
+        return abstract.device_kind
+    return jax.devices()[0].device_kind
+
+
+def sm_count() -> int:
+    """Streaming multiprocessors of the device: the size of a persistent grid."""
+    if abstract := jax.sharding.get_abstract_mesh().abstract_device:
+        return abstract.num_cores
+    return jax.devices()[0].core_count
+
+
+def require_device(kernel: str, supported: tuple[str, ...]) -> None:
+    """Raises NotImplementedError where the device is none of `supported` (compared by prefix)."""
+    if not (kind := device_kind()).startswith(supported):
+        raise NotImplementedError(f"the Mosaic kernel of {kernel} runs on {', '.join(supported)}; got {kind}")

@@ -1,0 +1,147 @@
+"""SRead: rows of matrices in global memory, named by an index, packed into a stage of shared memory.
+
+`gather_rows` is the device form (16-byte cp.async, inline MLIR, since TMA on Hopper cannot gather);
+`gather_rows_interpreted` does the same with plain reads and writes, for the interpreter and its race detector.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.mosaic.gpu import utils
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm, memref, nvvm
+
+from pallas_kernels.tile.pipeline import BLOCK_K, swizzled
+
+LANES = 8  # threads that share a row: 8 x 16 bytes is a line of 128, one row of the swizzle pattern
+ROWS_A_PASS = 128 // LANES
+ATOM_BYTES = 8 * 128  # 8 rows x 128 bytes: the swizzle repeats
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Source:
+    """Rows to gather: `gmem[first_row + index, first_col : first_col + cols]` -> `smem` [BLOCK_K, cols].
+
+    Attributes:
+        gmem: matrix of 16-bit elements; its rows are a multiple of 16 bytes.
+        smem: one stage, laid out as `pipeline.swizzled`.
+        first_row: static offset added to every index.
+        first_col: scalar, a multiple of 8.
+    """
+
+    gmem: Any
+    smem: Any
+    first_row: int
+    first_col: jax.Array
+
+    @property
+    def cols(self) -> int:
+        return self.smem.shape[-1]
+
+
+def gather_rows(sources: tuple[Source, ...], index_smem, count: jax.Array, index_first: jax.Array) -> None:
+    """Starts the copies of one stage: row r of it is row `index_smem[index_first + r]` of each source.
+
+    Rows from `count` on and columns past a source's width are filled with zeros, whatever the index holds there.
+    The copies form one group: `wait_copies` waits for it.
+
+    Args:
+        sources: what to gather by this index.
+        index_smem: staged indices, int32 [entries].
+        count: valid rows of this stage; BLOCK_K or more means all.
+        index_first: where this stage's entries start in `index_smem`.
+    """
+    scalar = plgpu.Layout.WG_SPLAT
+    source_types = tuple((plgpu.RefType(), plgpu.RefType(swizzled(jnp.bfloat16)), scalar) for _ in sources)
+
+    @plgpu.inline_mgpu(arg_types=(source_types, plgpu.RefType(), scalar, scalar))
+    def start_copies(ctx, refs, index_smem, count, index_first):
+        del ctx
+        i32, i64 = ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(64)
+        i8, index_type = ir.IntegerType.get_signless(8), ir.IndexType.get()
+
+        def const(value):
+            return arith.constant(i32, value)
+
+        less = functools.partial(arith.cmpi, arith.CmpIPredicate.slt)
+        count, index_first = count.registers.item(), index_first.registers.item()
+        thread = arith.remui(utils.thread_idx(), const(128))
+        lane, row0 = arith.andi(thread, const(LANES - 1)), arith.shrui(thread, const(3))
+        row_in_atom = arith.andi(row0, const(7))
+        swizzled_lane = arith.muli(arith.xori(lane, row_in_atom), const(16))
+
+        # A thread keeps its lane of 16 bytes and its row within the atom, so everything but the gathered row itself
+        # is a constant offset: two wide multiply-adds a row, none a copy.
+        destinations, origins = [], []
+        for source, (gmem, smem, first_col) in zip(sources, refs, strict=True):
+            offset = arith.addi(arith.muli(row_in_atom, const(128)), swizzled_lane)
+            atom_row = arith.muli(arith.shrui(row0, const(3)), const(source.cols // 64 * ATOM_BYTES))
+            destinations.append(utils.getelementptr(utils.memref_ptr(smem), [arith.addi(offset, atom_row)], i8))
+            column = arith.addi(first_col.registers.item(), arith.muli(lane, const(8)))
+            base = llvm.addrspacecast(ir.Type.parse("!llvm.ptr<1>"), utils.memref_ptr(gmem))
+            base = utils.getelementptr(base, [arith.muli(arith.extui(i64, column), arith.constant(i64, 2))], i8)
+            width = source.gmem.shape[1]
+            inside = [  # static where the tile divides the width
+                None if width % source.cols == 0 else less(arith.addi(column, const(64 * c)), const(width))
+                for c in range(source.cols // 64)
+            ]
+            origins.append((base, inside))
+
+        for p in range(BLOCK_K // ROWS_A_PASS):
+            row = arith.addi(row0, const(p * ROWS_A_PASS))
+            listed = less(row, count)
+            entry = memref.load(index_smem, [arith.index_castui(index_type, arith.addi(index_first, row))])
+            entry = arith.extui(i64, arith.select(listed, entry, const(0)))
+            for source, destination, (base, inside) in zip(sources, destinations, origins, strict=True):
+                row_bytes = source.gmem.shape[1] * 2
+                source_row = arith.addi(entry, arith.constant(i64, source.first_row))
+                from_row = utils.getelementptr(base, [arith.muli(source_row, arith.constant(i64, row_bytes))], i8)
+                for c, in_width in enumerate(inside):
+                    valid = listed if in_width is None else arith.andi(listed, in_width)
+                    size = arith.select(valid, const(16), const(0))
+                    at = (p * ROWS_A_PASS // 8 * (source.cols // 64) + c) * ATOM_BYTES
+                    nvvm.cp_async_shared_global(
+                        utils.getelementptr(destination, [const(at)], i8),
+                        utils.getelementptr(from_row, [arith.constant(i64, c * 128)], i8),
+                        16,
+                        nvvm.LoadCacheModifierKind.CG,
+                        cp_size=size,
+                    )
+        nvvm.cp_async_commit_group()
+
+    refs = tuple((s.gmem, s.smem, s.first_col) for s in sources)
+    start_copies(refs, index_smem, count, index_first)  # pyright: ignore[reportCallIssue]
+
+
+def wait_copies(in_flight: int) -> None:
+    """Waits until at most `in_flight` groups of copies are unfinished, and shows the others to the whole warpgroup."""
+
+    @plgpu.inline_mgpu()
+    def wait(ctx):
+        del ctx
+        nvvm.cp_async_wait_group(in_flight)
+
+    wait()  # pyright: ignore[reportCallIssue]
+    plgpu.commit_smem()
+
+
+def gather_rows_interpreted(sources: tuple[Source, ...], index_smem, count: jax.Array, index_first: jax.Array) -> None:
+    """`gather_rows` by plain reads and writes, complete on return."""
+    listed = jnp.arange(BLOCK_K) < count
+    entries = jnp.where(listed, index_smem[pl.ds(index_first, BLOCK_K)], 0)
+    for source in sources:
+        matrix = jnp.pad(source.gmem[...], ((0, 0), (0, -source.gmem.shape[1] % source.cols)))
+        columns = lax.dynamic_slice_in_dim(matrix, source.first_col, source.cols, axis=1)
+        source.smem[...] = jnp.where(listed[:, None], columns[source.first_row + entries], 0)
+
+
+def wait_copies_interpreted(in_flight: int) -> None:
+    """`wait_copies` where there is nothing to wait for."""
+    del in_flight
+    plgpu.commit_smem()
