@@ -1,0 +1,198 @@
+"""Checkpoints, written whole or not at all: a folder with config.json and the arrays in Orbax's format.
+
+Nothing appears under the folder's name before all of it is on disk, and a full disk or a kill at any point leaves the
+checkpoint that was there before. Hugging Face's format is in huggingface.py.
+"""
+
+import contextlib
+import errno
+import json
+import logging
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import SingleDeviceSharding
+from orbax.checkpoint import v1 as ocp
+
+CONFIG = "config.json"
+STATE = "orbax"
+
+
+def save_checkpoint(folder: str | Path, config: Mapping[str, Any], state: Any, *, overwrite: bool = False) -> None:
+    """Writes a checkpoint.
+
+    Args:
+        folder: where to; it appears when everything is written.
+        config: what is needed to rebuild the structure of `state`, as JSON.
+        state: a pytree of arrays and numbers.
+        overwrite: replace the checkpoint that is there.
+
+    Raises:
+        FileExistsError: the folder holds something already, and `overwrite` is False or it is no checkpoint.
+        OSError: no space is left (`errno.ENOSPC`); an earlier checkpoint is unchanged.
+    """
+    with whole_folder(folder, overwrite=overwrite) as temporary:
+        (temporary / CONFIG).write_text(json.dumps(dict(config), indent=2) + "\n")
+        with _quiet():
+            ocp.save(str(temporary / STATE), state)
+
+
+def load_checkpoint(folder: str | Path, abstract_state: Any) -> Any:
+    """Reads the arrays of a checkpoint straight into the dtypes and shardings asked for.
+
+    Args:
+        folder: what `save_checkpoint` wrote.
+        abstract_state: the pytree to fill: arrays or `jax.ShapeDtypeStruct`s, on the default device where they name
+            no sharding.
+
+    Returns:
+        The pytree with the checkpoint's values.
+
+    Raises:
+        FileNotFoundError: the folder is missing.
+        ValueError: it is no checkpoint, is damaged, or holds other arrays (all of them named) than asked for.
+    """
+    state_folder = str(_checkpoint_folder(folder) / STATE)
+    if not ocp.is_orbax_checkpoint(state_folder):
+        raise ValueError(f"a checkpoint must hold {CONFIG} and {STATE}/ as save_checkpoint writes them; got {folder}")
+    with _quiet():
+        metadata = ocp.metadata(state_folder).metadata
+    if metadata is None:
+        raise ValueError(f"the checkpoint {folder} is damaged or incomplete: its arrays cannot be listed")
+    check_tensors(folder, expected=_shapes(abstract_state), found=_shapes(metadata))
+
+    def place(leaf: Any) -> Any:
+        if not hasattr(leaf, "dtype"):
+            return leaf
+        sharding = getattr(leaf, "sharding", None) or SingleDeviceSharding(jax.devices()[0])
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    try:
+        with _quiet():
+            return ocp.load(state_folder, jax.tree.map(place, abstract_state))
+    except (ValueError, OSError) as error:
+        raise ValueError(f"the checkpoint {folder} is damaged or incomplete: {error}") from error
+
+
+def load_config(folder: str | Path) -> dict[str, Any]:
+    """The configuration beside a checkpoint's arrays.
+
+    Raises:
+        FileNotFoundError: the folder or its config.json is missing.
+        ValueError: config.json is not a JSON object.
+    """
+    path = _checkpoint_folder(folder) / CONFIG
+    if not path.is_file():
+        raise FileNotFoundError(f"a checkpoint folder must hold {CONFIG}; {folder} does not")
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} must hold JSON; {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} must hold a JSON object; got {type(config).__name__}")
+    return config
+
+
+def is_checkpoint(folder: str | Path) -> bool:
+    """Whether the folder holds what `save_checkpoint` writes (and not, say, Hugging Face's files)."""
+    _restore_interrupted(Path(folder))
+    return (Path(folder) / STATE).is_dir() and (Path(folder) / CONFIG).is_file()
+
+
+def check_tensors(where: str | Path, *, expected: Mapping[str, tuple], found: Mapping[str, tuple]) -> None:
+    """Compares the shapes a checkpoint holds with those a model needs.
+
+    Raises:
+        ValueError: they differ; names every missing, extra and misshapen tensor.
+    """
+    problems = [f"missing {name} {shape}" for name, shape in expected.items() if name not in found]
+    problems += [f"extra {name} {shape}" for name, shape in found.items() if name not in expected]
+    problems += [
+        f"misshapen {name}: expected {shape}, found {found[name]}"
+        for name, shape in expected.items()
+        if name in found and found[name] != shape
+    ]
+    if problems:
+        raise ValueError(f"tensors in {where} do not fit the model:\n  " + "\n  ".join(problems))
+
+
+@contextlib.contextmanager
+def whole_folder(folder: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """Gives an empty folder to write into, which becomes `folder` if the block ends well and vanishes if it does not.
+
+    Raises:
+        FileExistsError: `folder` holds something already, and `overwrite` is False or it holds no config.json.
+        OSError: no space is left (`errno.ENOSPC`).
+    """
+    folder = Path(folder).absolute()
+    _restore_interrupted(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if not overwrite:
+            raise FileExistsError(f"the folder must be new or empty; {folder} is not (overwrite=True replaces it)")
+        if not (folder / CONFIG).is_file():
+            raise FileExistsError(f"only a checkpoint is overwritten, and {folder} holds no {CONFIG}")
+    temporary, replaced = folder.with_name(f".{folder.name}.writing"), _replaced(folder)
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)  # what a killed run left
+        temporary.mkdir(parents=True)
+        yield temporary
+        if folder.exists():
+            folder.rename(replaced)
+        temporary.rename(folder)
+        shutil.rmtree(replaced, ignore_errors=True)
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        _restore_interrupted(folder)
+        if _no_space(error):
+            raise OSError(
+                errno.ENOSPC,
+                f"no space left on the device for {folder}; nothing was written there and what was there is "
+                "unchanged. Free some space or choose a folder on another disk",
+            ) from error
+        raise
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps Orbax from logging, once a thread, the exception that it raises anyway."""
+    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _replaced(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.replaced")
+
+
+def _restore_interrupted(folder: Path) -> None:
+    """Undoes a replacement that was killed between its two renames."""
+    replaced = _replaced(folder.absolute())
+    if replaced.exists() and not folder.exists():
+        replaced.rename(folder)
+
+
+def _no_space(error: BaseException) -> bool:
+    # Orbax and safetensors report a full disk in the text of a ValueError and of an error class of their own.
+    return getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in str(error)
+
+
+def _checkpoint_folder(folder: str | Path) -> Path:
+    _restore_interrupted(Path(folder))
+    if not Path(folder).is_dir():
+        raise FileNotFoundError(f"no checkpoint folder {folder}")
+    return Path(folder).absolute()
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    names = (jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves)
+    return {name: tuple(getattr(leaf, "shape", ())) for name, (_, leaf) in zip(names, leaves, strict=True)}

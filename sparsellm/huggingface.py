@@ -1,0 +1,260 @@
+"""Hugging Face model folders: config.json, and safetensors in one file or in shards with an index.
+
+Read and written by the `safetensors` library: it maps files into memory, hands out one tensor (or the slice of it that
+a device needs) at a time, knows bfloat16, and checks headers against file sizes. Orbax reads the layout too, but casts
+and assembles on the host and cannot write it. Pickles are never opened.
+"""
+
+import json
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from sparsellm.checkpoint import CONFIG, check_tensors, load_config, whole_folder
+
+INDEX = "model.safetensors.index.json"
+DTYPES = ("BF16", "F16", "F32")
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+TOKENIZER_FILES = (
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
+
+
+class Wanted(NamedTuple):
+    """A tensor as the model wants it.
+
+    Attributes:
+        array: its shape, dtype and sharding here.
+        transposed: the file holds it the other way round ([out, in] where the model has [in, out]).
+    """
+
+    array: jax.ShapeDtypeStruct
+    transposed: bool = False
+
+    @property
+    def file_shape(self) -> tuple[int, ...]:
+        return tuple(self.array.shape[::-1] if self.transposed else self.array.shape)
+
+
+def find_folder(path_or_hub_id: str | Path, *, revision: str | None = None) -> Path:
+    """A local folder as it is, or a hub repository's safetensors, JSON and text files, downloaded and cached.
+
+    Args:
+        path_or_hub_id: a folder, or "owner/name".
+        revision: branch, tag or commit on the hub ("refs/pr/3" where the safetensors are in a pull request).
+
+    Raises:
+        FileNotFoundError: there is no such folder, or the hub has no such repository or cannot be reached.
+        ModuleNotFoundError: a hub id without huggingface_hub installed.
+        ValueError: a file instead of a folder.
+    """
+    path = Path(path_or_hub_id).expanduser()
+    if path.is_file():
+        raise ValueError(f"give the folder that holds config.json and *.safetensors, not a file; got {path}")
+    if path.is_dir() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path_or_hub_id)):
+        if not path.is_dir():
+            raise FileNotFoundError(f"no folder {path}, and it is no hub id (owner/name) either")
+        return path
+    try:
+        import huggingface_hub
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"no folder {path} here; to get it from the Hugging Face hub: pip install huggingface-hub"
+        ) from error
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(
+                str(path_or_hub_id), revision=revision, allow_patterns=["*.safetensors", "*.json", "*.txt"]
+            )
+        )
+    except OSError as error:  # every network and repository error of huggingface_hub is one
+        raise FileNotFoundError(
+            f"no folder {path} here, and the Hugging Face hub gave no {path_or_hub_id}: {error}"
+        ) from error
+
+
+def read_config(folder: Path, *, architecture: str) -> dict[str, Any]:
+    """config.json of a folder.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it describes another architecture, or is not JSON.
+    """
+    config = load_config(folder)
+    found = config.get("architectures") or [config.get("model_type", "nothing")]
+    if architecture not in found:
+        raise ValueError(f"{folder / CONFIG} must be of architecture {architecture}; got {', '.join(found)}")
+    return config
+
+
+def open_tensors(folder: Path, rename: Callable[[str], str]) -> dict[str, Any]:
+    """Every tensor of a folder, unread: slices of memory-mapped files, by their renamed names.
+
+    Raises:
+        FileNotFoundError: no safetensors, or a shard that the index names is missing.
+        ValueError: only pickles, a damaged or truncated file, or an index that does not fit the shards.
+    """
+    tensors: dict[str, Any] = {}
+    for path in _files(folder):
+        try:
+            file = safe_open(path, framework="np")
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{folder / INDEX} names {path.name}, which is missing") from error
+        except SafetensorError as error:
+            raise ValueError(f"{path} is truncated or damaged ({error}): download or copy it again") from error
+        for name in file.keys():  # noqa: SIM118 (not a mapping)
+            tensor = file.get_slice(name)
+            if tensor.get_dtype() not in DTYPES:
+                raise ValueError(f"dtype of a tensor must be one of {DTYPES}; {name} in {path} is {tensor.get_dtype()}")
+            if rename(name) in tensors:
+                raise ValueError(f"a tensor must be stored once; {folder} holds {rename(name)} twice")
+            tensors[rename(name)] = tensor
+    return tensors
+
+
+def load_tensors(folder: Path, tensors: Mapping[str, Any], wanted: Mapping[str, Wanted]) -> dict[str, jax.Array]:
+    """Reads tensors one at a time, each device its own slice, and casts and transposes on the devices.
+
+    The host never holds more than one tensor, the devices never more than the model and one tensor.
+
+    Args:
+        folder: for messages.
+        tensors: what `open_tensors` returned.
+        wanted: shape, dtype and sharding of each.
+
+    Raises:
+        ValueError: tensors are missing, extra or misshapen; raised before anything is read.
+    """
+    check_tensors(
+        folder,
+        expected={name: target.file_shape for name, target in wanted.items()},
+        found={name: tuple(tensor.get_shape()) for name, tensor in tensors.items()},
+    )
+    return {name: _load(tensors[name], target) for name, target in wanted.items()}
+
+
+def _load(tensor: Any, target: Wanted) -> jax.Array:
+    sharding = target.array.sharding
+    read = jax.make_array_from_callback(
+        target.file_shape, _transposed(sharding) if target.transposed else sharding, lambda index: tensor[index]
+    )
+    convert = jax.jit(_convert, static_argnums=(1, 2), out_shardings=sharding)
+    return convert(read, target.array.dtype, target.transposed).block_until_ready()
+
+
+def _convert(x: jax.Array, dtype: jnp.dtype, transposed: bool) -> jax.Array:
+    return (x.T if transposed else x).astype(dtype)
+
+
+def _transposed(sharding: Sharding) -> Sharding:
+    if isinstance(sharding, NamedSharding):
+        return NamedSharding(sharding.mesh, PartitionSpec(*reversed(sharding.spec)))
+    return sharding
+
+
+def _files(folder: Path) -> list[Path]:
+    """The safetensors files that make up the model."""
+    if (folder / INDEX).is_file():
+        try:
+            return [
+                folder / name for name in sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
+            ]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{folder / INDEX} must be JSON with a weight_map; {error!r}") from error
+    files = sorted(folder.glob("*.safetensors"))
+    if len(files) > 1:
+        raise FileNotFoundError(f"{folder} holds {len(files)} safetensors files but no {INDEX}: download it too")
+    if files:
+        return files
+    pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
+    if pickles:
+        raise ValueError(
+            f"{folder} holds only pickles ({', '.join(pickles)}). Reading a pickle can run any code that its author "
+            "put there, so it is refused. Ask for safetensors (on the hub, the conversion bot's pull request: "
+            "revision='refs/pr/N'), or convert a file you trust where transformers is installed: "
+            "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
+        )
+    raise FileNotFoundError(
+        f"{folder} holds no *.safetensors. A hub repository may offer only pickles, which are neither downloaded nor "
+        "opened: see whether a pull request there holds safetensors (revision='refs/pr/N')"
+    )
+
+
+def save_folder(
+    folder: str | Path,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, tuple[jax.Array, bool]],
+    *,
+    tokenizer_folder: str | Path | None = None,
+    max_shard_bytes: int = 5 * 10**9,
+    overwrite: bool = False,
+) -> None:
+    """Writes a folder that transformers can load, whole or not at all. The host holds one shard at a time.
+
+    Args:
+        folder: where to.
+        config: the contents of config.json.
+        tensors: name in the file -> the array, and whether to store it transposed.
+        tokenizer_folder: whose tokenizer files to copy along.
+        max_shard_bytes: the most tensor bytes in a file; a larger tensor gets a file of its own.
+        overwrite: replace the folder if it holds a model.
+
+    Raises:
+        FileExistsError: the folder holds something, and `overwrite` is False or it holds no config.json.
+        FileNotFoundError: `tokenizer_folder` holds no tokenizer files.
+        ValueError: `max_shard_bytes` is below 1.
+        OSError: no space is left; what was there is unchanged.
+    """
+    if max_shard_bytes < 1:
+        raise ValueError(f"max_shard_bytes must be at least 1; got {max_shard_bytes}")
+    tokenizer = [Path(tokenizer_folder) / name for name in TOKENIZER_FILES] if tokenizer_folder else []
+    tokenizer = [path for path in tokenizer if path.is_file()]
+    if tokenizer_folder and not tokenizer:
+        raise FileNotFoundError(f"no tokenizer files ({', '.join(TOKENIZER_FILES)}) in {tokenizer_folder}")
+    with whole_folder(folder, overwrite=overwrite) as temporary:
+        (temporary / CONFIG).write_text(json.dumps(dict(config), indent=2) + "\n")
+        for path in tokenizer:
+            shutil.copy(path, temporary)
+        shards = _shards({name: array.nbytes for name, (array, _) in tensors.items()}, max_shard_bytes)
+        weight_map = {}
+        for i, names in enumerate(shards, start=1):
+            file = f"model-{i:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else "model.safetensors"
+            # transformers asks for this metadata; the arrays are plain all the same
+            save_file({name: _to_host(*tensors[name]) for name in names}, temporary / file, metadata={"format": "pt"})
+            shutil.copymode(temporary / CONFIG, temporary / file)  # safetensors lets nobody else read it
+            weight_map |= dict.fromkeys(names, file)
+        if len(shards) > 1:
+            size = sum(array.nbytes for array, _ in tensors.values())
+            index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+            (temporary / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _shards(sizes: Mapping[str, int], max_bytes: int) -> list[list[str]]:
+    """Names in order, a new shard wherever the next tensor would not fit."""
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name, size in sizes.items():
+        if shards[-1] and filled + size > max_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += size
+    return shards
+
+
+def _to_host(array: jax.Array, transposed: bool) -> np.ndarray:
+    return np.ascontiguousarray(np.asarray(array).T if transposed else np.asarray(array))

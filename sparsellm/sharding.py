@@ -1,0 +1,78 @@
+"""Parameters over several devices: each is born where it will live, never whole on one device first.
+
+A model names the axes of its parameters (`out_sharding=("embed", "ffn")` on an `nnx.Param`) and knows nothing of
+meshes. `Rules` say which mesh axis each name is cut along; what they leave out is kept whole on every device.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+
+type Rules = Mapping[str, str | tuple[str, ...] | None]
+
+# Source: Megatron-LM (Shoeybi et al., 2019), section 3: columns of the first product, rows of the second.
+TENSOR_PARALLEL: Rules = {"vocab": "model", "heads": "model", "ffn": "model"}
+
+
+def parameter_sharding(variable: nnx.Variable, mesh: Mesh | None, rules: Rules = TENSOR_PARALLEL) -> Sharding:
+    """Where one parameter lives: cut over `mesh` by `rules`, or on the default device if there is no mesh.
+
+    Raises:
+        ValueError: a mesh axis that `rules` name is not one of the mesh's, or does not divide the parameter.
+    """
+    if mesh is None:
+        return SingleDeviceSharding(jax.devices()[0])
+    axes = tuple(rules.get(name) for name in variable.get_metadata().get("out_sharding", ()))
+    for size, axis in zip(variable.shape, axes, strict=False):
+        for name in (axis,) if isinstance(axis, str) else axis or ():
+            if name not in mesh.shape:
+                raise ValueError(f"a rule must name an axis of the mesh; got {name!r}, the mesh has {mesh.axis_names}")
+            if size % mesh.shape[name]:
+                raise ValueError(
+                    f"mesh axis {name!r} must divide the dimension it cuts; got {mesh.shape[name]} devices for a "
+                    f"dimension of {size} (shape {variable.shape}): leave its name out of the rules"
+                )
+    return NamedSharding(mesh, PartitionSpec(*axes))
+
+
+def abstract_model(
+    make: Callable[[], nnx.Module], mesh: Mesh | None = None, rules: Rules = TENSOR_PARALLEL
+) -> tuple[nnx.GraphDef, Any]:
+    """Structure, shapes, dtypes and shardings of a model, without allocating it.
+
+    Args:
+        make: builds the model, e.g. `lambda: OPT(config, rngs=nnx.Rngs(0))`.
+        mesh: the devices; None for the default one.
+        rules: mesh axis for each axis name.
+
+    Returns:
+        What `nnx.split` returns, with a `jax.ShapeDtypeStruct` in place of each array.
+    """
+    graphdef, state = nnx.split(nnx.eval_shape(make))
+
+    def place(variable: nnx.Variable) -> nnx.Variable:
+        sharding = parameter_sharding(variable, mesh, rules)
+        return variable.replace(jax.ShapeDtypeStruct(variable.shape, variable.dtype, sharding=sharding))
+
+    return graphdef, jax.tree.map(place, state, is_leaf=lambda x: isinstance(x, nnx.Variable))
+
+
+def create_model[M: nnx.Module](make: Callable[[], M], mesh: Mesh | None = None, rules: Rules = TENSOR_PARALLEL) -> M:
+    """Initialises a model straight into its sharding; the values do not depend on the mesh.
+
+    Example:
+        mesh = jax.make_mesh((4,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
+        model = create_model(lambda: OPT(config, rngs=nnx.Rngs(0)), mesh)
+
+    Args:
+        make: builds the model.
+        mesh: the devices; None for the default one.
+        rules: mesh axis for each axis name.
+    """
+    graphdef, abstract = abstract_model(make, mesh, rules)
+    shardings = jax.tree.map(lambda x: x.sharding, abstract)
+    state = jax.jit(lambda: nnx.split(make())[1], out_shardings=shardings)()
+    return nnx.merge(graphdef, state)

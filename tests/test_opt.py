@@ -1,0 +1,261 @@
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from models import OPT, PRESETS, OPTConfig
+from pallas_kernels import micro_tile_index
+from sparsellm.sharding import create_model
+
+TINY = OPTConfig(vocab_size=97, layers=1, d_model=22, heads=2, d_ff=53, max_length=31, init_std=0.3)
+POST_NORM = dataclasses.replace(TINY, embed_dim=14, pre_norm=False)  # as 350M
+
+# Counted by transformers on its meta device (OPTForCausalLM, embeddings tied).
+PARAMETERS = {
+    "125m": 125_239_296,
+    "350m": 331_196_416,
+    "1.3b": 1_315_758_080,
+    "2.7b": 2_651_596_800,
+    "6.7b": 6_658_473_984,
+    "13b": 12_853_473_280,
+    "30b": 29_974_540_288,
+    "66b": 65_719_701_504,
+    "175b": 174_604_468_224,
+}
+
+
+@jax.jit(static_argnums=0)
+def run(graphdef, state, tokens, mask):
+    return nnx.merge(graphdef, state)(tokens, mask=mask)
+
+
+@pytest.fixture(scope="module")
+def batch():
+    """Seven tokens a row: all real, left-padded, right-padded, one token."""
+    tokens = jax.random.randint(jax.random.key(1), (4, 7), 3, TINY.vocab_size)
+    first, last = jnp.array([0, 3, 0, 6])[:, None], jnp.array([7, 7, 4, 7])[:, None]
+    slots = jnp.arange(7)[None]
+    return tokens, (slots >= first) & (slots < last)
+
+
+def make(config: OPTConfig) -> OPT:
+    """A model with random biases and norms too; numpy makes them, since the initialiser takes longer to compile."""
+    rng = np.random.default_rng(0)
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: OPT(config, rngs=nnx.Rngs(0))))
+    return nnx.merge(graphdef, jax.tree.map(lambda x: jnp.asarray(0.3 * rng.normal(size=x.shape), x.dtype), state))
+
+
+@pytest.fixture(scope="module", params=[TINY, POST_NORM], ids=["pre_norm", "post_norm"])
+def model(request):
+    return make(request.param)
+
+
+def with_config(model: OPT, **changes) -> OPT:
+    """The same parameters under another configuration."""
+    config = dataclasses.replace(model.config, **changes)
+    graphdef, _ = nnx.split(nnx.eval_shape(lambda: OPT(config, rngs=nnx.Rngs(0))))
+    return nnx.merge(graphdef, nnx.state(model))
+
+
+@pytest.mark.parametrize("size", PRESETS)
+def test_presets_have_the_published_sizes(size):
+    model = nnx.eval_shape(lambda: OPT(OPTConfig.preset(size), rngs=nnx.Rngs(0)))
+    assert sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model))) == PARAMETERS[size]
+
+
+def test_padding_changes_nothing(model):
+    """The same four tokens with padding to the left, to the right and on both sides, and alone."""
+    alone = jax.random.randint(jax.random.key(2), (1, 4), 3, TINY.vocab_size)
+    starts = (0, 3, 1)
+    tokens, mask = jnp.ones((3, 7), jnp.int32), jnp.zeros((3, 7), bool)
+    for row, start in enumerate(starts):
+        tokens = tokens.at[row, start : start + 4].set(alone[0])
+        mask = mask.at[row, start : start + 4].set(True)
+    expected = run(*nnx.split(model), alone, jnp.ones((1, 4), bool))[0]
+    logits = run(*nnx.split(model), tokens, mask)
+    for row, start in enumerate(starts):
+        np.testing.assert_allclose(logits[row, start : start + 4], expected, atol=2e-5)
+
+
+def test_tokens_see_no_later_token(model, batch):
+    tokens, mask = batch
+    changed = tokens.at[:, 4:].set(5)
+    before, after = (run(*nnx.split(model), t, jnp.ones_like(mask)) for t in (tokens, changed))
+    np.testing.assert_array_equal(before[:, :4], after[:, :4])
+    assert not np.allclose(before[:, 4:], after[:, 4:])
+
+
+@pytest.mark.parametrize("rows", [1, 8, 128])
+def test_sparse_feed_forward_equals_dense(model, batch, rows):
+    dense = run(*nnx.split(model), *batch)
+    sparse = run(*nnx.split(with_config(model, sparse_rows=rows)), *batch)
+    np.testing.assert_allclose(sparse, dense, atol=2e-5)
+
+
+def test_sparse_feed_forward_equals_dense_in_bfloat16(model, batch):
+    dense, sparse = (
+        run(*nnx.split(with_config(model, dtype="bfloat16", sparse_rows=rows)), *batch) for rows in (None, 8)
+    )
+    exact = run(*nnx.split(model), *batch)
+    assert sparse.dtype == jnp.float32
+    scale = np.sqrt(np.mean(np.square(exact)))
+    assert np.sqrt(np.mean(np.square(sparse - dense))) < 1e-2 * scale
+    assert np.sqrt(np.mean(np.square(sparse - exact))) < 3e-2 * scale
+
+
+def test_sparse_gradients_equal_dense(model, batch):
+    tokens, mask = batch
+
+    def loss(state, graphdef):
+        logits = nnx.merge(graphdef, state)(tokens, mask=mask)
+        picked = jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[..., None], axis=-1)[..., 0]
+        return -jnp.sum(jnp.where(mask, picked, 0))
+
+    grads = []
+    for rows in (None, 8):
+        graphdef, state = nnx.split(with_config(model, sparse_rows=rows))
+        grads.append(jax.jit(jax.grad(loss), static_argnums=1)(state, graphdef))
+    for (path, dense), (_, sparse) in zip(*map(nnx.to_flat_state, grads), strict=True):
+        assert np.any(dense[...]), path
+        np.testing.assert_allclose(sparse[...], dense[...], atol=2e-5 * float(jnp.abs(dense[...]).max() + 1))
+
+
+def test_captured_activations(batch):
+    """Both paths give the ReLU output, which padding leaves zero and which no micro-tile of padding makes live."""
+    tokens, mask = batch
+    model = make(TINY)
+    activations = []
+    for rows in (None, 8):
+        graphdef, state = nnx.split(with_config(model, sparse_rows=rows))
+
+        @jax.jit
+        def captured(state, graphdef=graphdef):
+            return nnx.capture(nnx.merge(graphdef, state), nnx.Intermediate)(tokens, mask=mask)[1]
+
+        activations.append(captured(state)["layers"][0]["ffn_activation"][0])
+    dense, sparse = map(np.asarray, activations)
+    np.testing.assert_allclose(sparse, dense, atol=1e-5)
+    assert dense.shape == (28, TINY.d_ff) and (dense >= 0).all() and 0.2 < (dense > 0)[mask.ravel()].mean() < 0.8
+    assert not dense[~np.asarray(mask).ravel()].any()
+    counts = micro_tile_index(jnp.asarray(dense.T), rows=1).counts
+    assert (np.asarray(counts > 0) == np.asarray(mask).ravel()).all()
+
+
+def test_cache_gives_the_same_logits(model, batch):
+    """Five tokens, then one and one, against all seven at once."""
+    tokens, mask = batch
+    mask = mask.at[2].set(True)  # padding on the right is only for models without a cache
+    graphdef, state = nnx.split(model)
+    advance = jax.jit(lambda state, *args, cache: nnx.merge(graphdef, state)(args[0], mask=args[1], cache=cache))
+    cache, parts = model.init_cache(4, 9), []
+    for start, stop in ((0, 5), (5, 6), (6, 7)):
+        logits, cache = advance(state, tokens[:, start:stop], mask[:, start:stop], cache=cache)
+        parts.append(logits)
+    full = np.asarray(run(graphdef, state, tokens, mask))
+    np.testing.assert_allclose(np.concatenate(parts, axis=1)[mask], full[mask], atol=2e-5)
+    assert int(cache.filled) == 7
+
+
+def test_initialisation_follows_the_paper():
+    config = OPTConfig(vocab_size=211, layers=1, d_model=96, heads=2, d_ff=307, max_length=53)
+    model = create_model(lambda: OPT(config, rngs=nnx.Rngs(0)))
+    layer = model.layers[0]
+    for weights, std in (
+        (model.embed_tokens.embedding, 0.006),
+        (layer.fc1.kernel, 0.006),
+        (layer.self_attn.q_proj.kernel, 0.006),
+        (layer.fc2.kernel, 0.006 / 2**0.5),
+        (layer.self_attn.out_proj.kernel, 0.006 / 2**0.5),
+    ):
+        assert np.std(weights[...]) == pytest.approx(std, rel=0.05)
+    assert not any(np.any(x) for path, x in nnx.to_flat_state(nnx.state(model)) if path[-1] == "bias")
+
+
+@pytest.mark.parametrize("param_dtype", ["bfloat16", "float16"])
+def test_parameters_in_any_dtype(param_dtype, batch):
+    config = dataclasses.replace(TINY, param_dtype=param_dtype)
+    model = make(config)
+    assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(model))} == {jnp.dtype(param_dtype)}
+    graphdef, state = nnx.split(model)
+    in_float32 = jax.tree.map(lambda x: x.astype(jnp.float32), state)
+    np.testing.assert_allclose(run(graphdef, state, *batch), run(graphdef, in_float32, *batch), atol=2e-5)
+
+
+SHARDED = """
+import dataclasses, jax, numpy as np
+from flax import nnx
+from models import OPT, OPTConfig, load_opt, save_hf, save_opt
+from sparsellm.sharding import create_model
+
+config = OPTConfig(vocab_size=92, layers=1, d_model=24, heads=4, d_ff=52, max_length=31, init_std=0.3)
+mesh = jax.make_mesh((4,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
+make = lambda: OPT(config, rngs=nnx.Rngs(0))
+sharded, whole = create_model(make, mesh), create_model(make)
+tokens = np.arange(14).reshape(2, 7)
+save_hf(sharded, folder + "/hf", max_shard_bytes=9000)
+save_opt(sharded, folder + "/native")
+models = [sharded, *(load_opt(folder + name, mesh=mesh) for name in ("/hf", "/native"))]
+for model in models:
+    kernel = model.layers[0].fc2.kernel[...]
+    assert tuple(kernel.sharding.spec) == ("model", None), kernel.sharding
+    assert {shard.data.shape for shard in kernel.addressable_shards} == {(13, 24)}
+    assert model.layers[0].fc1.bias[...].addressable_shards[0].data.shape == (13,)
+    assert len(model.final_layer_norm.scale[...].sharding.device_set) == 4
+    for (path, a), (_, b) in zip(*(nnx.to_flat_state(nnx.state(m)) for m in (model, whole)), strict=True):
+        np.testing.assert_array_equal(np.asarray(a[...]), np.asarray(b[...]), err_msg=str(path))
+    np.testing.assert_allclose(np.asarray(model(tokens)), np.asarray(whole(tokens)), atol=1e-5)
+try:
+    create_model(lambda: OPT(dataclasses.replace(config, d_ff=53), rngs=nnx.Rngs(0)), mesh)
+except ValueError as error:
+    assert "'model' must divide" in str(error) and "53" in str(error), error
+else:
+    raise AssertionError("53 neurons over 4 devices")
+print("sharded")
+"""
+
+
+def test_sharded_over_four_devices(tmp_path):
+    """Born sharded, saved, and loaded sharded, in a process that sees four CPU devices."""
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    env = os.environ | flags | {"JAX_PLATFORMS": "cpu"}
+    script = f"folder = {str(tmp_path)!r}\n" + SHARDED
+    root = Path(__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=env, cwd=root, capture_output=True, text=True, timeout=120
+    )
+    assert done.stdout.strip() == "sharded", done.stderr
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"heads": 3}, "heads must divide d_model; got heads=3, d_model=22"),
+        ({"layers": 0}, "layers must be at least 1; got layers=0"),
+        ({"activation": "tanh"}, "activation must be one of relu, gelu, silu; got 'tanh'"),
+        ({"dtype": "float13"}, "dtype must be one of bfloat16, float16, float32; got 'float13'"),
+        ({"param_dtype": "int8"}, "param_dtype must be one of"),
+        ({"sparse_rows": 7}, "sparse_rows must be None or one of"),
+        ({"sparse_rows": 8, "activation": "gelu"}, "sparse_rows needs exact zeros"),
+    ],
+)
+def test_wrong_configurations(changes, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(TINY, **changes)
+
+
+def test_unknown_preset():
+    with pytest.raises(ValueError, match="size must be one of 125m, .*; got '1b'"):
+        OPTConfig.preset("1b")
+
+
+def test_too_many_tokens():
+    model = nnx.eval_shape(lambda: OPT(TINY, rngs=nnx.Rngs(0)))
+    with pytest.raises(ValueError, match="length must be at most max_length=31; got 32"):
+        nnx.eval_shape(lambda m: m(jnp.zeros((1, 32), jnp.int32)), model)
