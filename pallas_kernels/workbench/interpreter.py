@@ -6,7 +6,7 @@ for ever where a barrier is never arrived at. Not modelled: a wgmma counts as do
 about a missing `wgmma_wait`.
 
 All private API of jax that checking needs is in this file, written against 0.11.2
-(jax/_src/pallas/mosaic_gpu/interpret); tests/test_workbench.py breaks a kernel in each of these ways.
+(jax/_src/pallas/mosaic_gpu/interpret); tests/test_workbench_checks.py breaks a kernel in each of these ways.
 """
 
 import contextlib
@@ -54,12 +54,12 @@ def run_interpreted[T](function: Callable[[], T], *, timeout_s: float = TIMEOUT_
     except Exception as error:
         if not (causes := re.findall(r"^(?:\w+\.)*(\w*(?:Error|Exception): .+)$", str(error), re.MULTILINE)):
             raise
-        raise InterpreterError(causes[-1]) from error
+        raise InterpreterError(" ".join([causes[-1], *_describe_races(printed.getvalue())])) from error
     finally:
         watchdog.cancel()
         gpu_callbacks.reset_gpu_interpret_mode_state()
-    if RACE in printed.getvalue():
-        raise InterpreterError(_describe_races(printed.getvalue()))
+    if races := _describe_races(printed.getvalue()):
+        raise InterpreterError(*races)
     return out
 
 
@@ -113,11 +113,12 @@ def _wgmma_reads_checked() -> Iterator[None]:
         gpu_callbacks.wgmma = wgmma
 
 
-def _describe_races(printed: str) -> str:
-    """One phrase a distinct pair of source positions, three at most."""
+def _describe_races(printed: str) -> list[str]:
+    """A sentence with each distinct pair of source positions, three at most; nothing where there was no race."""
+    if RACE not in printed:
+        return []
     accesses = re.findall(f"{RACE}\n  {ACCESS} +{ACCESS}", printed)
     pairs = sorted({" and ".join(sorted((f"{a} at {at}", f"{b} at {bt}"))) for a, at, b, bt in accesses})
     more = f"; and {len(pairs) - 3} more pairs" if len(pairs) > 3 else ""
-    return (
-        f"{printed.count(RACE)} races: {'; '.join(pairs[:3])}{more}. A barrier or a commit_smem is missing between them"
-    )
+    places = "; ".join(pairs[:3])
+    return [f"{printed.count(RACE)} races: {places}{more}. A barrier or a commit_smem is missing between them"]

@@ -95,25 +95,30 @@ def _tune_entry(kernel: Kernel, key: str, cases, deadline: float, timer: Timer, 
             name = f"{key} {case.name} {i + 1}/{len(configs)} {config}"
             if config not in functions:  # cases of one key share the compiled function
                 functions[config] = jitted(kernel.function, args, config=config, implementation="mosaic_gpu")
-            try:
-                out, times = timer(functions[config], arrays, ITERATIONS)
-                error = relative_error(out, ref)
-            except Exception as problem:  # a config that does not compile or crashes is a finding, not the end
+            measurement, found = _measure(functions[config], arrays, ref, dtype, timer)
+            report(f"{name}: {found}")
+            if measurement is None:
                 wrong.add(config)
-                report(f"{name}: FAILED, {type(problem).__name__}: {problem}")
-                continue
-            if not error < tolerance(dtype):
-                wrong.add(config)
-                report(f"{name}: WRONG, error {error:.1e} where {tolerance(dtype):g} is allowed")
-                continue
-            time_us = statistics.median(times)
-            measured.setdefault(config, {})[case.name] = {"time_us": round(time_us, 2), "error": error}
-            report(f"{name}: {time_us:.1f} us")
+            else:
+                measured.setdefault(config, {})[case.name] = measurement
     complete = {c: m for c, m in measured.items() if c not in wrong and len(m) == len(cases)}
     if not complete:
         return None, not wrong
     best = min(complete, key=lambda c: statistics.geometric_mean(x["time_us"] for x in complete[c].values()))
     return {"config": dataclasses.asdict(best), "cases": complete[best]}, not wrong
+
+
+def _measure(function, arrays, ref, dtype, timer: Timer) -> tuple[dict[str, float] | None, str]:
+    """Time and error of a config, None if it is no good; and the same in words."""
+    try:
+        out, times = timer(function, arrays, ITERATIONS)
+        error = relative_error(out, ref)
+    except Exception as problem:  # a config that does not compile or crashes is a finding, not the end
+        return None, f"FAILED, {type(problem).__name__}: {problem}"
+    if not error < tolerance(dtype):
+        return None, f"WRONG, error {error:.1e} where {tolerance(dtype):g} is allowed"
+    time_us = round(statistics.median(times), 2)
+    return {"time_us": time_us, "error": error}, f"{time_us} us"
 
 
 def _write_entry(path: Path, kernel: str, key: str, entry: dict[str, Any]) -> None:
