@@ -1,0 +1,91 @@
+"""What does a model write after a prompt?
+
+    python -m experiments generate --source RUN --prompt "import os"
+
+The text appears as it is generated. `RUN` is a run of quickstart, a checkpoint folder of either format with its
+tokenizer's files, or a hub id such as facebook/opt-125m.
+"""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+
+from models import load_opt
+from sparsellm import huggingface
+from sparsellm.generation import generate
+from sparsellm.text import Tokenizer, load_tokenizer
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Options of generate.
+
+    Attributes:
+        source: a run's folder, a checkpoint's folder, or a hub id.
+        prompt: the text to continue.
+        max_new_tokens: the most tokens to add.
+        temperature: 0 takes the likeliest token at every step; above 0, tokens are drawn.
+        top_k: draw among the k likeliest tokens only.
+        top_p: draw among the likeliest tokens that together have this probability.
+        sparse_rows: run the feed-forward blocks sparse, with micro-tiles of so many tokens.
+        dtype: "bfloat16", "float16" or "float32"; None for the checkpoint's own.
+        seed: for drawing.
+    """
+
+    source: str
+    prompt: str
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    sparse_rows: int | None = None
+    dtype: str | None = None
+    seed: int = 0
+
+
+class Printer:
+    """Prints tokens as text while they come; a character is held back until its last byte is there."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        self._tokens: list[int] = []
+        self._printed = 0
+
+    def __call__(self, row: int, token: int) -> None:
+        """Takes the next token (the `stream` of `generate`)."""
+        del row
+        self._tokens.append(token)
+        text = self._tokenizer.decode(self._tokens)
+        self._print(text.rstrip("\N{REPLACEMENT CHARACTER}"))
+
+    def end(self) -> None:
+        """Prints what has been held back."""
+        self._print(self._tokenizer.decode(self._tokens))
+        print(flush=True)
+
+    def _print(self, text: str) -> None:
+        print(text[self._printed :], end="", flush=True)
+        self._printed = max(self._printed, len(text))
+
+
+def main(config: Config) -> int:
+    """Prints the prompt and, as it comes, its continuation."""
+    run = Path(config.source)
+    folder = run / "model" / "huggingface" if (run / "model").is_dir() else huggingface.find_folder(config.source)
+    tokenizer = load_tokenizer(folder)
+    model = load_opt(folder, dtype=config.dtype, sparse_rows=config.sparse_rows)
+    printer = Printer(tokenizer)
+    print(config.prompt, end="", flush=True)
+    generate(
+        model,
+        [tokenizer.encode(config.prompt)],
+        max_new_tokens=config.max_new_tokens,
+        temperature=config.temperature,
+        top_k=config.top_k,
+        top_p=config.top_p,
+        key=jax.random.key(config.seed),
+        stream=printer,
+    )
+    printer.end()
+    return 0

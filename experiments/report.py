@@ -1,0 +1,113 @@
+"""What do the kept results say, as README's tables and figures?
+
+    python -m experiments report            write them
+    python -m experiments report --check    fail if README is stale
+
+A block `<!-- report:NAME -->` ... `<!-- /report:NAME -->` of README holds the kept results of the experiment NAME, one
+for each device. An experiment that defines `readme(result) -> (markdown, figures)`, with figures a dict of file name
+to bytes, decides what to show and how; for any other, the rows are shown as one table.
+"""
+
+import ast
+import dataclasses
+import importlib
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from experiments import runs
+
+ROOT = Path(__file__).parents[1]
+BLOCK = re.compile(r"(<!-- report:(\w+) -->\n).*?(<!-- /report:\2 -->)", re.DOTALL)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Options of report.
+
+    Attributes:
+        check: change nothing; exit with 1 if README is stale.
+        readme: the file whose blocks to write.
+        results: the folder of the kept results.
+    """
+
+    check: bool = False
+    readme: Path = ROOT / "README.md"
+    results: Path = runs.RESULTS
+
+
+def main(config: Config) -> int:
+    """Writes README's blocks and the figures they show, or checks that they are up to date."""
+    before = config.readme.read_text()
+    after, figures = render(before, config.results, config.readme.parent)
+    if not config.check:
+        for path, content in figures.items():
+            runs.write_atomically(path, content)
+        runs.write_atomically(config.readme, after)
+        print(f"wrote {config.readme.name} and {len(figures)} figures")
+        return 0
+    missing = [str(path) for path in figures if not path.exists()]
+    if after != before or missing:
+        print(
+            f"{config.readme} is stale{': no ' + ', '.join(missing) if missing else ''}; "
+            "`python -m experiments report` writes it anew",
+            file=sys.stderr,
+        )
+        return 1
+    return 0
+
+
+def render(readme: str, results: Path, root: Path) -> tuple[str, dict[Path, bytes]]:
+    """README with every block written from the result files, and the figures it shows.
+
+    Args:
+        readme: its text.
+        results: the folder of the kept results.
+        root: the folder that README is in, for links.
+
+    Raises:
+        ValueError: a block names an experiment that has no result.
+    """
+    kept = runs.read_results(results)
+    figures: dict[Path, bytes] = {}
+
+    def block(match: re.Match[str]) -> str:
+        parts = []
+        for (device, experiment), result in kept.items():
+            if experiment == match[2]:
+                markdown, drawn = _show(experiment, result)
+                paths = {results / device / name: content for name, content in drawn.items()}
+                images = [f"![{p.stem.replace('_', ' ')}]({p.relative_to(root, walk_up=True)})\n" for p in paths]
+                figures.update(paths)
+                parts.append("\n".join([_caption(result), *images, markdown + "\n"]))
+        if not parts:
+            raise ValueError(
+                f"README has a block for {match[2]}, of which {results} holds no result: keep one (--keep)"
+            )
+        return match[1] + "\n".join(parts) + match[3]
+
+    return BLOCK.sub(block, readme), figures
+
+
+def _show(experiment: str, result: dict[str, Any]) -> tuple[str, dict[str, bytes]]:
+    """By the experiment's own `readme` if it has one: found without importing the others."""
+    path = Path(__file__).parent / f"{experiment}.py"
+    functions = ast.parse(path.read_text()).body if path.exists() else []
+    if any(isinstance(node, ast.FunctionDef) and node.name == "readme" for node in functions):
+        return importlib.import_module(f"experiments.{experiment}").readme(result)
+    columns = list(dict.fromkeys(name for row in result["rows"] for name in row))
+    cells = [[_cell(row.get(name)) for name in columns] for row in result["rows"]]
+    return runs.markdown_table(cells, columns), {}
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _caption(result: dict[str, Any]) -> str:
+    commit = f", commit {result['commit'][:8]}" if result["commit"] else ""
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items() if name != "python")
+    return f"{result['device']}, {versions}, {result['date']}{commit}: `{result['command']}`\n"

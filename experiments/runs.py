@@ -1,0 +1,180 @@
+"""Runs and results: what an experiment leaves behind, written whole or not at all.
+
+A run is the folder `runs/<experiment>/<time>/`: config.json when it starts, whatever the experiment leaves on the way,
+and rows.jsonl when it is finished. A result worth quoting is `experiments/results/<device>/<experiment>.json`.
+"""
+
+import dataclasses
+import datetime
+import fcntl
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+import jax
+
+RESULTS = Path(__file__).parent / "results"
+_PACKAGES = ("jax", "jaxlib", "flax")
+
+type Row = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+    """One run of an experiment; made by `Run.start`, its own for as long as the `with` block lasts.
+
+    Attributes:
+        experiment: its name.
+        folder: where to leave files.
+        continued: whether an earlier process has begun it.
+    """
+
+    experiment: str
+    folder: Path
+    continued: bool
+    _lock: IO[str] = dataclasses.field(repr=False)
+
+    @classmethod
+    def start(cls, experiment: str, config: Any, *, root: Path = Path("runs"), fresh: bool = False) -> "Run":
+        """Continues the latest unfinished run of the same config on the same device, or starts a new one.
+
+        Args:
+            experiment: its name.
+            config: its config, a dataclass.
+            root: where runs are.
+            fresh: start a new one in any case.
+        """
+        # By way of JSON, so that it compares with what an earlier process has written.
+        described = json.loads(json.dumps(_described(experiment, config), default=str))
+        if not fresh:
+            for folder in sorted((root / experiment).glob("*/"), reverse=True):
+                if not (folder / "rows.jsonl").exists() and _read_json(folder / "config.json") == described:
+                    lock = _try_lock(folder)
+                    if lock is not None:
+                        return cls(experiment=experiment, folder=folder, continued=True, _lock=lock)
+        folder = _new_folder(root / experiment)
+        lock = _try_lock(folder)
+        if lock is None:
+            raise RuntimeError(f"another process has taken the run {folder} in the moment it was made")
+        write_atomically(folder / "config.json", json.dumps(described, indent=2) + "\n")
+        return cls(experiment=experiment, folder=folder, continued=False, _lock=lock)
+
+    def write(self, name: str, content: str | bytes) -> Path:
+        """Leaves a file in the run's folder."""
+        return write_atomically(self.folder / name, content)
+
+    def finish(self, rows: Sequence[Row]) -> None:
+        """Writes the rows, a JSON object a line: the run is finished."""
+        self.write("rows.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._lock.close()
+
+    def keep(self, rows: Sequence[Row], *, command: str, results: Path = RESULTS) -> Path:
+        """Keeps the rows as the result of this experiment on this device, in place of an earlier one."""
+        result = {
+            "experiment": self.experiment,
+            "device": jax.devices()[0].device_kind,
+            "versions": versions(),
+            "commit": _commit(),
+            "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+            "command": command,
+            "rows": list(rows),
+        }
+        lines = json.dumps({**result, "rows": []}, indent=2).removesuffix("[]\n}")
+        body = ",\n    ".join(json.dumps(row) for row in rows)  # a row a line: a new result shows as a readable diff
+        return write_atomically(results / device_slug() / f"{self.experiment}.json", f"{lines}[\n    {body}\n  ]\n}}\n")
+
+
+def write_atomically(path: Path, content: str | bytes) -> Path:
+    """Writes a file so that it is there whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return path
+
+
+def read_results(results: Path = RESULTS) -> dict[tuple[str, str], dict[str, Any]]:
+    """Every kept result by (device folder, experiment)."""
+    return {(path.parent.name, path.stem): json.loads(path.read_text()) for path in sorted(results.glob("*/*.json"))}
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of the packages that decide a measurement."""
+    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in _PACKAGES}
+
+
+def device_slug() -> str:
+    """The device as a folder's name: "nvidia_h200", "cpu"."""
+    return jax.devices()[0].device_kind.lower().replace(" ", "_")
+
+
+def markdown_table(rows: Iterable[Sequence[Any]], header: Sequence[str]) -> str:
+    """A table in Markdown, padded so that it reads as plain text too; numbers to the right."""
+    cells = [[str(cell) for cell in row] for row in rows]
+    widths = [max(len(cell) for cell in column) for column in zip(header, *cells, strict=True)]
+    right = [all(cell[:1].isdigit() or cell[:1] in "-–" for cell in column) for column in zip(*cells, strict=True)]
+
+    def line(row: Sequence[str]) -> str:
+        padded = (c.rjust(w) if r else c.ljust(w) for c, w, r in zip(row, widths, right, strict=True))
+        return f"| {' | '.join(padded)} |"
+
+    rule = "|".join("-" * (w + 1) + ":" if r else "-" * (w + 2) for w, r in zip(widths, right, strict=True))
+    return "\n".join([line(header), f"|{rule}|", *map(line, cells)])
+
+
+def _described(experiment: str, config: Any) -> dict[str, Any]:
+    return {
+        "experiment": experiment,
+        "config": dataclasses.asdict(config),
+        "device": jax.devices()[0].device_kind,
+        "versions": versions(),
+    }
+
+
+def _new_folder(parent: Path) -> Path:
+    time = datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    for suffix in ("", *(f"-{i}" for i in range(2, 100))):
+        folder = parent / f"{time}{suffix}"
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        return folder
+    raise FileExistsError(f"a run of this second must have a free name; {parent} has a hundred of {time}")
+
+
+def _try_lock(folder: Path) -> IO[str] | None:
+    """A lock that ends with the process, however that ends: what is locked is running."""
+    file = open(folder / ".lock", "w")  # noqa: SIM115 - it stays open as long as the run
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        return None
+    return file
+
+
+def _read_json(path: Path) -> Any:
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def _commit() -> str | None:
+    """Of the checkout; where there is none (a copy on another machine), the environment's SPARSELLM_COMMIT."""
+    command = ["git", "-C", str(RESULTS.parent), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return os.environ.get("SPARSELLM_COMMIT")

@@ -1,0 +1,296 @@
+"""Training of a language model that survives being killed: the same command continues it, with the same bits.
+
+All of a run's state is the parameters, the optimizer's moments and the step; batches are a pure function of the step
+(`text.ShuffledBatches`). A checkpoint appears under its name only when it is whole.
+"""
+
+import contextlib
+import dataclasses
+import errno
+import functools
+import json
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple, Protocol, cast, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, Int32
+from orbax.checkpoint import v1 as ocp
+
+from sparsellm.checkpoint import _no_space, _quiet
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """AdamW with linear warm-up, cosine decay to a tenth, and clipping by global norm.
+
+    Attributes:
+        steps: optimizer steps in all.
+        batch: windows a step.
+        learning_rate: at the end of the warm-up.
+        warmup_steps: from 0 to the full learning rate.
+        weight_decay: on matrices; biases and norms are left alone.
+        clip_norm: largest global norm of a gradient.
+        checkpoint_steps: steps from one checkpoint to the next: what a kill costs at most.
+    """
+
+    steps: int
+    batch: int
+    learning_rate: float
+    warmup_steps: int
+    weight_decay: float = 0.1
+    clip_norm: float = 1.0
+    checkpoint_steps: int = 50
+
+    def __post_init__(self):
+        for name in ("steps", "batch", "checkpoint_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1; got {name}={getattr(self, name)}")
+        if not 0 <= self.warmup_steps < self.steps:
+            raise ValueError(
+                f"warmup_steps must be less than steps; got warmup_steps={self.warmup_steps}, steps={self.steps}"
+            )
+
+
+type Metrics = dict[str, int | float]
+
+
+class TrainState(NamedTuple):
+    """What a training step changes."""
+
+    params: nnx.State
+    opt_state: optax.OptState
+
+
+@runtime_checkable
+class Batches(Protocol):
+    """Random access by step to windows of tokens, [batch, length + 1]."""
+
+    def __getitem__(self, step: int) -> np.ndarray: ...
+
+
+def next_token_loss(
+    logits: Float[Array, "batch length vocab"],
+    targets: Int[Array, "batch length"],
+    mask: Bool[Array, "batch length"] | None = None,
+) -> Float[Array, ""]:
+    """Mean cross-entropy in nats a token, over the targets that `mask` keeps (0 where it keeps none)."""
+    nats = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), targets)
+    if mask is None:
+        return nats.mean()
+    return jnp.where(mask, nats, 0.0).sum() / jnp.maximum(mask.sum(dtype=jnp.int32), 1).astype(jnp.float32)
+
+
+def learning_rate(config: TrainConfig) -> optax.Schedule:
+    """The learning rate as a function of the step."""
+    return optax.warmup_cosine_decay_schedule(
+        init_value=0.0,
+        peak_value=config.learning_rate,
+        warmup_steps=config.warmup_steps,
+        decay_steps=config.steps,
+        end_value=config.learning_rate / 10,
+    )
+
+
+@functools.cache  # jit knows it by identity: the same config compiles one step
+def optimizer(config: TrainConfig) -> optax.GradientTransformation:
+    """AdamW as `config` describes it."""
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm),
+        optax.adamw(
+            learning_rate(config),
+            b2=0.98,  # hundreds of steps, not hundreds of thousands
+            weight_decay=config.weight_decay,
+            mask=lambda params: jax.tree.map(lambda x: x.ndim > 1, params),
+        ),
+    )
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
+def train_step(
+    graphdef: nnx.GraphDef,
+    transformation: optax.GradientTransformation,
+    state: TrainState,
+    windows: Int32[Array, "batch length_plus_1"],
+) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
+    """One optimizer step; `state` is donated.
+
+    Args:
+        graphdef: of the model (static).
+        transformation: the optimizer (static).
+        state: before the step.
+        windows: inputs and, one further on, their targets.
+
+    Returns:
+        The state after the step; the loss (nats a token) and the gradient's norm before it.
+    """
+
+    def loss(params: nnx.State) -> Float[Array, ""]:
+        return next_token_loss(nnx.merge(graphdef, params)(windows[:, :-1]), windows[:, 1:])
+
+    value, gradient = jax.value_and_grad(loss)(state.params)
+    with jax.numpy_dtype_promotion("standard"):  # optax raises a float to the power of its int32 count
+        updates, opt_state = transformation.update(gradient, state.opt_state, state.params)
+    metrics = {"loss": value, "gradient_norm": optax.tree.norm(gradient)}
+    params = cast(nnx.State, optax.apply_updates(state.params, updates))
+    return TrainState(params, opt_state), metrics
+
+
+def train(
+    model: nnx.Module,
+    batches: Batches,
+    config: TrainConfig,
+    folder: str | Path,
+    *,
+    report: Callable[[Metrics], None] | None = None,
+) -> list[Metrics]:
+    """Trains `model` in place, from the last checkpoint in `folder` if there is one.
+
+    Leaves `folder/checkpoints/<step>/` (the last two) and `folder/metrics.jsonl`, a line a step. Killed at any moment
+    and called again with the same arguments, it ends with the same parameters and the same losses.
+
+    Args:
+        model: maps tokens [batch, length] to logits [batch, length, vocab]; all its state is `nnx.Param`.
+        batches: the windows of each step.
+        config: how.
+        folder: of this training run.
+        report: called after every step with its metrics, and once with the last ones of a training that is continued.
+
+    Returns:
+        The metrics of every step from the first: step (from 1), loss, gradient_norm, seconds (of that step).
+
+    Raises:
+        OSError: no disk space is left for a checkpoint (the one before it is kept).
+        FloatingPointError: the loss is not finite.
+    """
+    folder = Path(folder).absolute()
+    graphdef, params = nnx.split(model, nnx.Param)
+    transformation = optimizer(config)
+    state = TrainState(params, transformation.init(params))
+    with _checkpointer(folder / "checkpoints") as checkpointer:
+        done = 0
+        if checkpointer.latest is not None:
+            done = checkpointer.latest.step
+            state = _restore(checkpointer, state)
+        metrics = _continued_metrics(folder / "metrics.jsonl", done)
+        if report and metrics:
+            report(metrics[-1])
+        with open(folder / "metrics.jsonl", "a") as file:
+            for step in range(done + 1, config.steps + 1):
+                start = time.perf_counter()
+                state, values = train_step(graphdef, transformation, state, jnp.asarray(batches[step - 1]))
+                row = {"step": step, **{name: float(value) for name, value in values.items()}}
+                row["seconds"] = time.perf_counter() - start
+                if not np.isfinite(row["loss"]):
+                    raise FloatingPointError(f"the loss must be finite; got {row['loss']} at step {step}")
+                metrics.append(row)
+                file.write(json.dumps(row) + "\n")
+                if step % config.checkpoint_steps == 0 or step == config.steps:
+                    file.flush()  # before the checkpoint: a checkpoint's metrics are always there
+                    with uninterrupted():
+                        checkpointer.save(step, _named(state))
+                if report:
+                    report(row)
+    nnx.update(model, state.params)
+    return metrics
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _masked_loss(
+    graphdef: nnx.GraphDef,
+    params: nnx.State,
+    windows: Int32[Array, "batch length_plus_1"],
+    mask: Bool[Array, "batch length"],
+) -> Float[Array, ""]:
+    return next_token_loss(nnx.merge(graphdef, params)(windows[:, :-1]), windows[:, 1:], mask)
+
+
+def evaluate(model: nnx.Module, windows: Int32[np.ndarray, "windows length_plus_1"], *, batch: int) -> float:
+    """Mean cross-entropy in nats a token over all windows; its exponential is the perplexity."""
+    graphdef, params = nnx.split(model, nnx.Param)
+    total = 0.0
+    for start in range(0, len(windows), batch):
+        rows = windows[start : start + batch]
+        padded = np.pad(rows, ((0, batch - len(rows)), (0, 0)))  # one shape, one compilation
+        mask = np.broadcast_to(np.arange(batch)[:, None] < len(rows), padded[:, 1:].shape)
+        total += float(_masked_loss(graphdef, params, jnp.asarray(padded), jnp.asarray(mask))) * len(rows)
+    return total / len(windows)
+
+
+@contextlib.contextmanager
+def _checkpointer(folder: Path) -> Iterator[ocp.training.Checkpointer]:
+    """Opens a folder of checkpoints, without what an interrupted save has left in it."""
+    try:
+        with (
+            _quiet(),
+            ocp.training.Checkpointer(
+                str(folder),
+                # Orbax's own policies do not match its own annotations.
+                save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),  # pyright: ignore
+                preservation_policy=ocp.training.preservation_policies.LatestN(2),  # pyright: ignore
+                cleanup_tmp_directories=True,
+            ) as checkpointer,
+        ):
+            yield checkpointer
+    except Exception as error:
+        if not _no_space(error):
+            raise
+        for path in folder.glob("*.orbax-checkpoint-tmp"):
+            shutil.rmtree(path, ignore_errors=True)
+        whole = max((int(path.name) for path in folder.glob("*")), default=None)
+        kept = "there is none yet" if whole is None else f"the one of step {whole} is kept"
+        sentence = (
+            f"no disk space is left for a checkpoint in {folder} ({kept}): free some and run the same command again"
+        )
+        raise OSError(errno.ENOSPC, sentence) from error
+
+
+def _named(state: TrainState) -> dict[str, jax.Array]:
+    """The arrays by their path: what a checkpoint holds."""
+    return {jax.tree_util.keystr(path, simple=True, separator="."): x for path, x in jax.tree.leaves_with_path(state)}
+
+
+def _restore(checkpointer: ocp.training.Checkpointer, state: TrainState) -> TrainState:
+    """The latest checkpoint, in the place of `state`."""
+    named = _named(state)
+    like = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for name, x in named.items()}
+    arrays = checkpointer.load(None, like)
+    return jax.tree.unflatten(jax.tree.structure(state), [arrays[name] for name in named])
+
+
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Holds back an interrupt or a termination until the block is done."""
+    if threading.current_thread() is not threading.main_thread():  # only that one is interrupted
+        yield
+        return
+    held: list[int] = []
+    signals = (signal.SIGINT, signal.SIGTERM)
+    handlers = [signal.signal(number, lambda number, _: held.append(number)) for number in signals]
+    try:
+        yield
+    finally:
+        for number, handler in zip(signals, handlers, strict=True):
+            signal.signal(number, handler)
+        for number in held[:1]:
+            signal.raise_signal(number)
+
+
+def _continued_metrics(path: Path, done: int) -> list[Metrics]:
+    """The metrics of the first `done` steps; those of steps that a kill has undone are removed from the file."""
+    lines = path.read_text().splitlines()[:done] if path.exists() else []
+    if len(lines) < done:
+        raise ValueError(f"{path} must hold the metrics of the {done} steps of its checkpoint; got {len(lines)}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".tmp")
+    partial.write_text("".join(line + "\n" for line in lines))
+    partial.replace(path)
+    return [json.loads(line) for line in lines]

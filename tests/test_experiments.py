@@ -1,0 +1,346 @@
+import dataclasses
+import importlib
+import json
+import math
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from experiments import quickstart, report, runs
+from experiments.__main__ import main, questions
+from sparsellm import training
+
+ROOT = Path(__file__).parents[1]
+EXPERIMENTS = sorted(questions())
+
+
+def test_the_list_shows_every_experiment_with_its_question(capsys):
+    assert main([]) == 0
+    listed = capsys.readouterr().out
+    assert {"quickstart", "generate", "report"} <= set(EXPERIMENTS)
+    for name, question in questions().items():
+        assert question.endswith("?"), f"{name}.py must open with a question in one line"
+        assert any(line.split() == [name, *question.split()] for line in listed.splitlines())
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_help_shows_every_option(name, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main([name, "--help"])
+    assert stopped.value.code == 0
+    shown = capsys.readouterr().out
+    module = importlib.import_module(f"experiments.{name}")
+    options = [field.name for field in dataclasses.fields(module.Config)]
+    options += ["smoke", "fresh", "keep", "runs"] if hasattr(module, "run") else []
+    for option in options:
+        assert f"--{option.replace('_', '-')}" in shown
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_an_experiment_has_what_the_list_relies_on(name):
+    module: Any = importlib.import_module(f"experiments.{name}")
+    assert dataclasses.fields(module.Config)
+    assert hasattr(module, "run") != hasattr(module, "main")
+    if hasattr(module, "run"):
+        assert type(module.Config.smoke()) is module.Config
+
+
+def test_an_unknown_name_is_answered_with_the_nearest(capsys):
+    assert main(["quickstrat"]) == 2
+    assert capsys.readouterr().err == 'no experiment is called "quickstrat": did you mean quickstart?\n'
+    assert main(["xyz"]) == 2
+    assert "there are " in capsys.readouterr().err
+
+
+# Runs
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SomeConfig:
+    size: int = 1
+    corpus: Path = Path("somewhere")
+
+
+def test_an_unfinished_run_is_continued_and_a_finished_one_is_not(tmp_path):
+    def start(size: int = 1, **options) -> runs.Run:
+        return runs.Run.start("some", SomeConfig(size=size), root=tmp_path, **options)
+
+    with start() as first:
+        assert not first.continued
+        with start() as while_it_runs:
+            assert while_it_runs.folder != first.folder
+            while_it_runs.finish([])
+    with start(size=2) as other:
+        assert not other.continued
+    with start(fresh=True) as fresh:
+        assert not fresh.continued
+        fresh.finish([])
+    with start() as again:
+        assert again.continued and again.folder == first.folder
+        again.finish([{"a": 1}, {"a": 2.5}])
+    assert (first.folder / "rows.jsonl").read_text() == '{"a": 1}\n{"a": 2.5}\n'
+    with start() as new:
+        assert not new.continued
+
+
+def test_a_failed_write_leaves_the_file_as_it_was(tmp_path, monkeypatch):
+    path = runs.write_atomically(tmp_path / "sub" / "file", "before")
+
+    def half(self, content):
+        with open(self, "wb") as file:
+            file.write(content[:2])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", half)
+    with pytest.raises(OSError, match="No space left"):
+        runs.write_atomically(path, "after")
+    assert path.read_text() == "before"
+    assert [p.name for p in path.parent.iterdir()] == ["file"]
+
+
+def test_a_kept_result_says_where_it_comes_from(tmp_path):
+    rows = [{"granularity": "128x1", "time_us": 1.5}, {"granularity": "64x1", "time_us": 2.5, "mask": None}]
+    with runs.Run.start("some", SomeConfig(), root=tmp_path) as run:
+        path = run.keep(rows, command="python -m experiments some", results=tmp_path / "results")
+    assert path == tmp_path / "results" / "cpu" / "some.json"
+    result = json.loads(path.read_text())
+    assert list(result) == ["experiment", "device", "versions", "commit", "date", "command", "rows"]
+    assert result["rows"] == rows
+    assert result["versions"]["jax"] == jax.__version__
+    assert runs.read_results(tmp_path / "results") == {("cpu", "some"): result}
+
+
+def test_a_markdown_table_is_aligned_and_puts_numbers_to_the_right():
+    table = runs.markdown_table([["a", 1.5, "–"], ["long", -10, 3]], ["name", "time", "n"])
+    assert table.splitlines() == [
+        "| name | time | n |",
+        "|------|-----:|--:|",
+        "| a    |  1.5 | – |",
+        "| long |  -10 | 3 |",
+    ]
+
+
+# Report
+
+
+def write_result(results: Path, rows: list[dict]) -> None:
+    result = {"experiment": "some", "device": "NVIDIA H200", "versions": {"python": "3.12.1", "jax": "0.11.2"}}
+    result |= {"commit": "0123456789", "date": "2026-11-21", "command": "python -m experiments some", "rows": rows}
+    runs.write_atomically(results / "nvidia_h200" / "some.json", json.dumps(result))
+
+
+def test_report_writes_the_blocks_and_check_finds_them_stale(tmp_path, capsys):
+    readme, results = tmp_path / "README.md", tmp_path / "results"
+    readme.write_text("before\n<!-- report:some -->\nold\n<!-- /report:some -->\nafter\n")
+    options = ["--readme", str(readme), "--results", str(results)]
+    assert main(["report", *options]) == 1
+    assert "README has a block for some" in capsys.readouterr().err
+    write_result(results, [{"granularity": "128x1", "time_us": 35.25}, {"granularity": "64x1", "speedup": 3}])
+    assert main(["report", "--check", *options]) == 1
+    assert "is stale; `python -m experiments report` writes it anew" in capsys.readouterr().err
+    assert main(["report", *options]) == 0
+    assert readme.read_text() == (
+        "before\n<!-- report:some -->\n"
+        "NVIDIA H200, jax 0.11.2, 2026-11-21, commit 01234567: `python -m experiments some`\n\n"
+        "| granularity | time_us | speedup |\n"
+        "|------------:|--------:|--------:|\n"
+        "|       128x1 |   35.25 |       – |\n"
+        "|        64x1 |       – |       3 |\n"
+        "<!-- /report:some -->\nafter\n"
+    )
+    assert main(["report", "--check", *options]) == 0
+    write_result(results, [{"granularity": "128x1", "time_us": 34.0}])
+    assert main(["report", "--check", *options]) == 1
+
+
+def test_readme_is_up_to_date():
+    assert report.main(report.Config(check=True)) == 0, "run `make report`"
+
+
+# Quickstart
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("corpus")
+    for i in range(12):
+        lines = [f"def function_{j}(x):\n    return x + {i * j}\n" for j in range(40)]
+        (folder / f"module_{i}.py").write_text("\n".join(lines))
+    return folder
+
+
+def quickstart_arguments(corpus: Path, folder: Path) -> list[str]:
+    return ["quickstart", "--smoke", "--corpus", str(corpus), "--runs", str(folder)]
+
+
+@pytest.fixture(scope="module")
+def finished(corpus, tmp_path_factory) -> Path:
+    """The folder of a smoke run."""
+    folder = tmp_path_factory.mktemp("runs")
+    assert main(quickstart_arguments(corpus, folder)) == 0
+    (run,) = (folder / "quickstart").iterdir()
+    return run
+
+
+def read_rows(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "rows.jsonl").read_text().splitlines()]
+
+
+def test_quickstart_learns_and_its_paths_and_formats_agree(finished):
+    summary, *rows = read_rows(finished)
+    losses = [json.loads(line)["loss"] for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    assert losses[0] == pytest.approx(math.log(320), rel=0.05)  # it knows nothing
+    assert summary["loss"] == losses[-1] < losses[0] - 1
+    assert summary["perplexity"] == pytest.approx(math.exp(summary["held_out_loss"]))
+    densities = {(row["layer"], row["granularity"]): row["density"] for row in rows if "density" in row}
+    assert len(densities) == 2 * 6
+    for layer in range(2):
+        by_size = [densities[layer, f"{rows}x1"] for rows in (1, 8, 16, 32, 64, 128)]
+        assert by_size == sorted(by_size) and 0 < by_size[0] < 1
+    (sparse,) = (row for row in rows if row.get("variant") == "sparse")
+    assert sparse["error"] < 1e-5
+    assert sparse["same_greedy_tokens"] == sparse["greedy_tokens"] > 0
+    assert [row["largest_logit_difference"] for row in rows if "format" in row] == [0.0, 0.0]
+    left = {path.name for path in finished.iterdir()}
+    assert {"config.json", "rows.jsonl", "density.png", "loss.png", "report.txt", "model"} <= left
+
+
+def test_the_densities_are_those_of_the_activations_recomputed_by_hand(finished):
+    """The first layer's feed-forward activation in numpy float64, from the saved weights."""
+    from models import load_opt
+
+    model = load_opt(finished / "model" / "orbax")
+    with np.load(finished / "tokens.npz") as arrays:
+        tokens = arrays["held_out"][: 32 * 4].reshape(4, 32)
+    rows = quickstart.measure_density(model, tokens)
+
+    def float64(parameter) -> np.ndarray:
+        return np.asarray(parameter[...], np.float64)
+
+    layer = model.layers[0]
+    x = float64(model.embed_tokens.embedding)[tokens] + float64(model.embed_positions.embedding)[2:34]
+
+    def linear(part, x):
+        return x @ float64(part.kernel) + float64(part.bias)
+
+    def norm(part, x):
+        x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
+        return x * float64(part.scale) + float64(part.bias)
+
+    y, attention = norm(layer.self_attn_layer_norm, x), layer.self_attn
+    q, k, v = (linear(p, y).reshape(4, 32, 2, 16) for p in (attention.q_proj, attention.k_proj, attention.v_proj))
+    scores = np.where(np.tri(32, dtype=bool), np.einsum("bqhd,bkhd->bhqk", q, k) / 4, -np.inf)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    mixed = np.einsum("bhqk,bkhd->bqhd", weights / weights.sum(-1, keepdims=True), v).reshape(4, 32, 32)
+    x = x + linear(attention.out_proj, mixed)
+    live = (linear(layer.fc1, norm(layer.final_layer_norm, x)) > 0).reshape(128, 128)
+    expected = {f"{r}x1": live.reshape(-1, r, 128).any(axis=1).mean() for r in (1, 8, 16, 32, 64, 128)}
+    measured = {row["granularity"]: row["density"] for row in rows if row["layer"] == 0}
+    assert measured == pytest.approx(expected, abs=2e-3)  # a value within rounding of 0 may fall on either side
+
+
+def test_a_killed_quickstart_ends_with_the_same_loss(corpus, finished, tmp_path, capsys):
+    arguments = quickstart_arguments(corpus, tmp_path)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "experiments", *arguments], cwd=ROOT, stdout=subprocess.DEVNULL, start_new_session=True
+    )
+    try:
+        while process.poll() is None:
+            metrics = list(tmp_path.glob("quickstart/*/checkpoints/10"))
+            if metrics:
+                break
+            time.sleep(0.02)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert not list(tmp_path.glob("quickstart/*/rows.jsonl")), "it was to be killed on the way"
+    assert main(arguments) == 0
+    assert "going on with" in capsys.readouterr().out
+    (run,) = (tmp_path / "quickstart").iterdir()
+    assert read_rows(run)[0]["loss"] == read_rows(finished)[0]["loss"]
+    assert read_rows(run)[0]["held_out_loss"] == read_rows(finished)[0]["held_out_loss"]
+
+
+def test_generate_streams_what_generation_returns(finished, capsys):
+    from models import load_opt
+    from sparsellm.generation import generate
+    from sparsellm.text import load_tokenizer
+
+    folder = finished / "model" / "huggingface"
+    tokenizer = load_tokenizer(folder)
+    expected = generate(load_opt(folder), [tokenizer.encode("def ")], max_new_tokens=20)[0]
+    for source in (finished, folder, finished / "model" / "orbax"):
+        assert main(["generate", "--source", str(source), "--prompt", "def ", "--max-new-tokens", "20"]) == 0
+        assert capsys.readouterr().out == "def " + tokenizer.decode(expected) + "\n"
+
+
+def test_streamed_text_waits_for_whole_characters(capsys):
+    from experiments.generate import Printer
+    from sparsellm.text import train_bpe
+
+    tokenizer = train_bpe(["a"], 260)
+    printer = Printer(tokenizer)
+    shown = []
+    for token in tokenizer.encode("é🙂\ufffd!"):
+        printer(0, token)
+        shown.append(capsys.readouterr().out)
+    printer.end()
+    assert all("\ufffd" not in piece or "!" in piece for piece in shown)
+    assert "".join(shown) + capsys.readouterr().out == "é🙂\ufffd!\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--corpus", "missing"], "there is no"),
+        (["--corpus", "empty.txt"], "a corpus must hold text"),
+        (["--corpus", "binary.bin"], "holds a NUL byte at character 3"),
+        (["--corpus", "short.txt"], "at least 2 documents"),
+        (["--corpus", "two"], "a window of length=32 needs 33 tokens"),
+        (["--corpus", "two", "--prompt-tokens", "60", "--new-tokens", "8"], "prompt_tokens must be 1 to 32"),
+        (["--corpus", "two", "--new-tokens", "100"], "must fit into the model's 64 positions"),
+        (["--corpus", "two", "--steps", "0"], "steps must be at least 1; got steps=0"),
+    ],
+)
+def test_wrong_input_is_answered_in_a_sentence(tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    Path("empty.txt").write_text("")
+    Path("binary.bin").write_bytes(b"ELF\0\1")
+    Path("short.txt").write_text("too short")
+    Path("two").mkdir()
+    Path("two/a.txt").write_text("one")
+    Path("two/b.txt").write_text("two")
+    assert main(["quickstart", "--smoke", *arguments]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and message in error and error.count("\n") == 1
+
+
+def test_a_prompt_longer_than_the_context_is_answered_in_a_sentence(finished, capsys):
+    assert main(["generate", "--source", str(finished), "--prompt", "x y " * 100]) == 1
+    assert "must fit into max_length=64 positions" in capsys.readouterr().err
+
+
+def test_a_full_disk_at_a_checkpoint_is_answered_in_a_sentence(corpus, tmp_path, monkeypatch, capsys):
+    from orbax.checkpoint import v1 as ocp
+
+    def full(self, step, state):
+        raise ValueError("RESOURCE_EXHAUSTED: Failed to write: No space left on device")
+
+    monkeypatch.setattr(ocp.training.Checkpointer, "save", full)
+    assert main(quickstart_arguments(corpus, tmp_path)) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: no disk space is left for a checkpoint") and "there is none yet" in error
+
+
+def test_a_bug_is_not_dressed_up_as_wrong_input(corpus, tmp_path, monkeypatch):
+    """An error from inside another library keeps its traceback."""
+    monkeypatch.setattr(training, "train", lambda *args, **kwargs: json.loads("{"))
+    with pytest.raises(ValueError, match="Expecting property name"):
+        main(quickstart_arguments(corpus, tmp_path))
