@@ -65,7 +65,7 @@ SIZES = {
     ),
     "small": Size(
         model=OPTConfig(vocab_size=2048, layers=4, d_model=128, heads=4, d_ff=512, max_length=256, init_std=0.02),
-        training=training.TrainConfig(steps=400, batch=8, learning_rate=3e-3, warmup_steps=50),
+        training=training.TrainConfig(steps=500, batch=8, learning_rate=3e-3, warmup_steps=50),
         window=128,
         sparse_rows=8,
     ),

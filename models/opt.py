@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.core.spmd import get_logical_axis_rules
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
@@ -107,8 +108,8 @@ class KVCache(NamedTuple):
 
 
 def _sharded(*axes: str) -> dict[str, Any]:
-    # The names are resolved against a mesh by sparsellm.sharding, not by each parameter as it is made.
-    return {"out_sharding": axes, "eager_sharding": False}
+    # Inside sparsellm.sharding.create_model each parameter is cut as it is made; elsewhere its names only wait.
+    return {"out_sharding": axes, "eager_sharding": bool(get_logical_axis_rules())}
 
 
 def _linear(config: OPTConfig, in_out: tuple[int, int], axes: tuple[str, str], *, rngs, std=None, bias=True):

@@ -36,7 +36,7 @@ def save_checkpoint(folder: str | Path, config: Mapping[str, Any], state: Any, *
     """
     with whole_folder(folder, overwrite=overwrite) as temporary:
         (temporary / CONFIG).write_text(json.dumps(dict(config), indent=2) + "\n")
-        with _quiet():
+        with quiet():
             ocp.save(str(temporary / STATE), state)
 
 
@@ -58,7 +58,7 @@ def load_checkpoint(folder: str | Path, abstract_state: Any) -> Any:
     state_folder = str(_checkpoint_folder(folder) / STATE)
     if not ocp.is_orbax_checkpoint(state_folder):
         raise ValueError(f"a checkpoint must hold {CONFIG} and {STATE}/ as save_checkpoint writes them; got {folder}")
-    with _quiet():
+    with quiet():
         metadata = ocp.metadata(state_folder).metadata
     if metadata is None:
         raise ValueError(f"the checkpoint {folder} is damaged or incomplete: its arrays cannot be listed")
@@ -71,7 +71,7 @@ def load_checkpoint(folder: str | Path, abstract_state: Any) -> Any:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
     try:
-        with _quiet():
+        with quiet():
             return ocp.load(state_folder, jax.tree.map(place, abstract_state))
     except (ValueError, OSError) as error:
         raise ValueError(f"the checkpoint {folder} is damaged or incomplete: {error}") from error
@@ -146,7 +146,7 @@ def whole_folder(folder: str | Path, *, overwrite: bool = False) -> Iterator[Pat
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         _restore_interrupted(folder)
-        if _no_space(error):
+        if no_space(error):
             raise OSError(
                 errno.ENOSPC,
                 f"no space left on the device for {folder}; nothing was written there and what was there is "
@@ -156,7 +156,7 @@ def whole_folder(folder: str | Path, *, overwrite: bool = False) -> Iterator[Pat
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keeps Orbax from logging, once a thread, the exception that it raises anyway."""
     loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
     levels = [logger.level for logger in loggers]
@@ -180,7 +180,8 @@ def _restore_interrupted(folder: Path) -> None:
         replaced.rename(folder)
 
 
-def _no_space(error: BaseException) -> bool:
+def no_space(error: BaseException) -> bool:
+    """Whether an error of Orbax, of safetensors or of the system says that the disk is full."""
     # Orbax and safetensors report a full disk in the text of a ValueError and of an error class of their own.
     return getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in str(error)
 

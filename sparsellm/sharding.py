@@ -1,4 +1,4 @@
-"""Parameters over several devices: each is born where it will live, never whole on one device first.
+"""Parameters over several devices: each is cut as it is made, so that no device ever holds the whole model.
 
 A model names the axes of its parameters (`out_sharding=("embed", "ffn")` on an `nnx.Param`) and knows nothing of
 meshes. `Rules` say which mesh axis each name is cut along; what they leave out is kept whole on every device.
@@ -61,7 +61,10 @@ def abstract_model(
 
 
 def create_model[M: nnx.Module](make: Callable[[], M], mesh: Mesh | None = None, rules: Rules = TENSOR_PARALLEL) -> M:
-    """Initialises a model straight into its sharding; the values do not depend on the mesh.
+    """Initialises a model straight into its sharding, parameter by parameter; the values do not depend on the mesh.
+
+    One jitted program for all parameters would not need to hold even one of them whole, but a GPU takes minutes to
+    compile it: every parameter is a kernel of its own there, while one after the other they share a few.
 
     Example:
         mesh = jax.make_mesh((4,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
@@ -71,8 +74,14 @@ def create_model[M: nnx.Module](make: Callable[[], M], mesh: Mesh | None = None,
         make: builds the model.
         mesh: the devices; None for the default one.
         rules: mesh axis for each axis name.
+
+    Raises:
+        ValueError: the rules do not fit the mesh or the model; raised before anything is allocated.
     """
-    graphdef, abstract = abstract_model(make, mesh, rules)
-    shardings = jax.tree.map(lambda x: x.sharding, abstract)
-    state = jax.jit(lambda: nnx.split(make())[1], out_shardings=shardings)()
-    return nnx.merge(graphdef, state)
+    _, abstract = abstract_model(make, mesh, rules)
+    if mesh is None:
+        return make()
+    variables = jax.tree.leaves(abstract, is_leaf=lambda x: isinstance(x, nnx.Variable))
+    names = {name for variable in variables for name in variable.get_metadata().get("out_sharding", ())}
+    with jax.set_mesh(mesh), nnx.logical_axis_rules([(name, rules.get(name)) for name in names]):
+        return make()

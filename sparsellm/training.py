@@ -25,7 +25,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Int32
 from orbax.checkpoint import v1 as ocp
 
-from sparsellm.checkpoint import _no_space, _quiet
+from sparsellm.checkpoint import no_space, quiet
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -230,7 +230,7 @@ def _checkpointer(folder: Path) -> Iterator[ocp.training.Checkpointer]:
     """Opens a folder of checkpoints, without what an interrupted save has left in it."""
     try:
         with (
-            _quiet(),
+            quiet(),
             ocp.training.Checkpointer(
                 str(folder),
                 # Orbax's own policies do not match its own annotations.
@@ -241,7 +241,7 @@ def _checkpointer(folder: Path) -> Iterator[ocp.training.Checkpointer]:
         ):
             yield checkpointer
     except Exception as error:
-        if not _no_space(error):
+        if not no_space(error):
             raise
         for path in folder.glob("*.orbax-checkpoint-tmp"):
             shutil.rmtree(path, ignore_errors=True)
