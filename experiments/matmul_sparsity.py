@@ -42,7 +42,7 @@ class Config:
     k: int = 4096
     dtype: str = "bfloat16"
     rows: tuple[int, ...] = (128, 64)
-    sparsities: tuple[float, ...] = (0.0, 0.5, 0.9, 0.95, 0.99)
+    sparsities: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99)
     seed: int = 0
 
     @classmethod

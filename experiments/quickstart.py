@@ -142,10 +142,10 @@ def run(config: Config, run: Run) -> list[Row]:
     }
     densities = measure_density(model, data.held_out[: train_config.batch * 4, :-1])
     tokens = jnp.asarray(data.held_out[: train_config.batch, :-1])
-    inference, continued = compare(model, data, tokens, size.sparse_rows, config)
+    inference = compare(model, data, tokens, size.sparse_rows, config)
     formats = save_and_reload(model, data.tokenizer, tokens, run.folder)
     rows = [summary, *densities, *inference, *formats]
-    report = write_report(run, rows, [row["loss"] for row in metrics], continued)
+    report = write_report(run, rows, [row["loss"] for row in metrics], sampled_text(model, data, config))
     shutil.rmtree(run.folder / "checkpoints")  # three times the model's size, and of no more use
     console.print(report, markup=False, highlight=False, soft_wrap=True)
     return rows
@@ -259,17 +259,11 @@ def _logits(
     return nnx.merge(graphdef, params)(tokens)
 
 
-def compare(
-    model: OPT, data: Data, tokens: Int[Array, "batch length"], sparse_rows: int, config: Config
-) -> tuple[list[Row], str]:
-    """The same weights dense and sparse: logits, greedy text, and the time of each, measured in turns.
-
-    Returns:
-        A row for each variant, and the greedy text.
-    """
+def compare(model: OPT, data: Data, tokens: Int[Array, "batch length"], sparse_rows: int, config: Config) -> list[Row]:
+    """The same weights dense and sparse: logits, greedy text, and the time of each, measured in turns: two rows."""
     params = nnx.state(model, nnx.Param)
     models = {"dense": model, "sparse": _with_config(model, sparse_rows=sparse_rows)}
-    prompt = [int(token) for token in data.held_out[0, : config.prompt_tokens]]
+    prompt = _prompt(data, config)
     forwards, decodes = {}, {}
     for name, variant in models.items():
         forwards[name] = functools.partial(_logits, nnx.graphdef(variant), params, tokens)
@@ -290,7 +284,19 @@ def compare(
         "greedy_tokens": len(greedy["dense"][0]),
         "same_greedy_tokens": (same + [False]).index(False),
     }
-    return rows, data.tokenizer.decode(prompt) + data.tokenizer.decode(greedy["dense"][0])
+    return rows
+
+
+def _prompt(data: Data, config: Config) -> list[int]:
+    return [int(token) for token in data.held_out[0, : config.prompt_tokens]]
+
+
+def sampled_text(model: OPT, data: Data, config: Config) -> str:
+    """A held-out prompt and how the model goes on. Sampled: greedy, a model so young only repeats itself."""
+    key = jax.random.key(config.seed)
+    sampling: dict[str, Any] = {"temperature": 0.8, "top_p": 0.9, "key": key}
+    tokens = generate(model, [_prompt(data, config)], max_new_tokens=config.new_tokens, **sampling)[0]
+    return f"{data.tokenizer.decode(_prompt(data, config))} ▸ {data.tokenizer.decode(tokens)}".rstrip()
 
 
 def _with_config(model: OPT, **changes: int | None) -> OPT:
@@ -334,7 +340,7 @@ def save_and_reload(
     return rows
 
 
-def write_report(run: Run, rows: Sequence[Row], losses: Sequence[float], greedy_text: str) -> str:
+def write_report(run: Run, rows: Sequence[Row], losses: Sequence[float], sample: str) -> str:
     """Leaves the figures and report.txt in the run's folder; returns the report."""
     summary = rows[0]
     dense, sparse = (next(row for row in rows if row.get("variant") == name) for name in ("dense", "sparse"))
@@ -376,7 +382,7 @@ Saved and loaded again:
         if "format" in row:
             report += f"    model/{row['format']}: {row['megabytes']:.1f} MB, "
             report += f"logits differ by at most {row['largest_logit_difference']:.1e}\n"
-    report += f"\nGreedy text after a held-out prompt:\n\n{textwrap.indent(greedy_text, '    ')}\n\n"
+    report += f"\nA held-out prompt ▸ and a sample of how the model goes on:\n\n{textwrap.indent(sample, '    ')}\n\n"
     report += f"Files: {run.folder}/ rows.jsonl, density.png, loss.png, report.txt, model/\n"
     report += f'More text: python -m experiments generate --source {run.folder} --prompt "import os"\n'
     run.write("report.txt", report)

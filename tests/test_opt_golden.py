@@ -39,6 +39,13 @@ def test_logits(folder, golden, sparse_rows):
     assert largest_error(load_opt(folder, sparse_rows=sparse_rows), golden) < 1e-5
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("sparse_rows", [None, 8, 64])
+def test_logits_on_a_gpu(folder, golden, sparse_rows):
+    """With 64 rows through the Mosaic kernel."""
+    assert largest_error(load_opt(folder, sparse_rows=sparse_rows), golden) < 1e-4
+
+
 def test_greedy_tokens(folder, golden):
     model = load_opt(folder, sparse_rows=8)
     real = golden["mask"][: len(golden["prompts"])]

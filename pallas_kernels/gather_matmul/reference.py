@@ -17,6 +17,7 @@ def listed_mask(index: MicroTileIndex, m: int) -> Bool[Array, "K M"]:
 
 def _by_block(a_t: Float[Array, "K M"], rows: int) -> Float[Array, "blocks K rows"]:
     k, m = a_t.shape
+    rows = min(rows, m)  # a single short block, as when decoding one token, is not padded
     return jnp.pad(a_t, ((0, 0), (0, -m % rows))).reshape(k, -1, rows).transpose(1, 0, 2)
 
 
@@ -57,12 +58,16 @@ def _xla_loop(a_t: Float[Array, "K M"], b: Float[Array, "K N"], index: MicroTile
 
 
 def _xla_masked(a_t: Float[Array, "K M"], b: Float[Array, "K N"], index: MicroTileIndex) -> Float[Array, "M N"]:
-    """One dense product of the masked A; rows of B that nothing lists are masked too."""
+    """One dense product of the masked A; rows of B that nothing lists are masked too.
+
+    An infinity in a row of B that some other block lists makes NaN here, as in any masked product.
+    """
     a = jnp.where(listed_mask(index, a_t.shape[1]), a_t, 0)
     b = jnp.where(index.mask().any(axis=0)[:, None], b, 0)
     return jnp.dot(a.T, b, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32).astype(a_t.dtype)
 
 
 def xla(a_t: Float[Array, "K M"], b: Float[Array, "K N"], index: MicroTileIndex) -> Float[Array, "M N"]:
+    """The xla path: the loop on a CPU, the masked product elsewhere."""
     # On a GPU each step of a loop whose length lives on the device costs a host round trip, more than it saves.
     return lax.platform_dependent(a_t, b, index, cpu=_xla_loop, default=_xla_masked)
