@@ -145,4 +145,5 @@ def micro_tile_index(
     target = jnp.where(mask, position, k + ks)  # out of range, so dropped, and still distinct
     empty = jnp.zeros((blocks, k), jnp.int32)
     indices = empty.at[jnp.arange(blocks)[:, None], target].set(ks, mode="drop", unique_indices=True)
-    return MicroTileIndex(indices=indices, counts=mask.sum(axis=1, dtype=jnp.int32), rows=rows)
+    counts = position[:, -1] + 1 if k else jnp.zeros(blocks, jnp.int32)  # a sum of its own costs 2 us on an H200
+    return MicroTileIndex(indices=indices, counts=counts, rows=rows)
