@@ -73,7 +73,9 @@ def main(arguments: Sequence[str]) -> int:
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
-    except (ValueError, NotImplementedError) as error:
+    except ModuleNotFoundError as error:
+        print(f"error: {error}; pip install 'sparsellm[experiments]' installs what experiments need", file=sys.stderr)
+    except (ValueError, RuntimeError, FloatingPointError) as error:
         if not _raised_by_us(error.__traceback__):
             raise
         print(f"error: {error}", file=sys.stderr)
@@ -105,6 +107,8 @@ def _execute(module: ModuleType, arguments: Sequence[str]) -> int:
         default=both(config=config, options=RunOptions()),
         config=style,
     )
+    if chosen.options.smoke and chosen.options.keep:
+        raise ValueError("--keep keeps a result worth quoting, which --smoke is not: leave one of them out")
     with Run.start(name, chosen.config, root=chosen.options.runs, fresh=chosen.options.fresh) as run:
         print(f"{'going on with' if run.continued else 'starting'} {run.folder}", flush=True)
         rows = module.run(chosen.config, run)

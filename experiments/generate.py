@@ -24,7 +24,7 @@ class Config:
     Attributes:
         source: a run's folder, a checkpoint's folder, or a hub id.
         prompt: the text to continue.
-        max_new_tokens: the most tokens to add.
+        max_new_tokens: the most tokens to add; None for 128, or fewer where the model's context ends before.
         temperature: 0 takes the likeliest token at every step; above 0, tokens are drawn.
         top_k: draw among the k likeliest tokens only.
         top_p: draw among the likeliest tokens that together have this probability.
@@ -35,7 +35,7 @@ class Config:
 
     source: str
     prompt: str
-    max_new_tokens: int = 128
+    max_new_tokens: int | None = None
     temperature: float = 0.0
     top_k: int | None = None
     top_p: float | None = None
@@ -47,8 +47,9 @@ class Config:
 class Printer:
     """Prints tokens as text while they come; a character is held back until its last byte is there."""
 
-    def __init__(self, tokenizer: Tokenizer):
+    def __init__(self, tokenizer: Tokenizer, prompt: str = ""):
         self._tokenizer = tokenizer
+        self._prompt = prompt  # printed with the first token: what is wrong with it shows before
         self._tokens: list[int] = []
         self._printed = 0
 
@@ -65,7 +66,8 @@ class Printer:
         print(flush=True)
 
     def _print(self, text: str) -> None:
-        print(text[self._printed :], end="", flush=True)
+        print(self._prompt + text[self._printed :], end="", flush=True)
+        self._prompt = ""
         self._printed = max(self._printed, len(text))
 
 
@@ -75,12 +77,13 @@ def main(config: Config) -> int:
     folder = run / "model" / "huggingface" if (run / "model").is_dir() else huggingface.find_folder(config.source)
     tokenizer = load_tokenizer(folder)
     model = load_opt(folder, dtype=config.dtype, sparse_rows=config.sparse_rows)
-    printer = Printer(tokenizer)
-    print(config.prompt, end="", flush=True)
+    prompt = tokenizer.encode(config.prompt)
+    room = max(model.config.max_length - len(prompt), 1)
+    printer = Printer(tokenizer, config.prompt)
     generate(
         model,
-        [tokenizer.encode(config.prompt)],
-        max_new_tokens=config.max_new_tokens,
+        [prompt],
+        max_new_tokens=min(128, room) if config.max_new_tokens is None else config.max_new_tokens,
         temperature=config.temperature,
         top_k=config.top_k,
         top_p=config.top_p,

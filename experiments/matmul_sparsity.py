@@ -9,6 +9,7 @@ Expected there: at 128x1 quicker than dense from about 15% sparsity on, 5x at 90
 """
 
 import dataclasses
+import itertools
 from typing import Any
 
 import jax
@@ -53,6 +54,9 @@ class Config:
 
 def run(config: Config, run: Run) -> list[Row]:
     """A row for each granularity and sparsity, and a figure."""
+    if not config.rows or not config.sparsities:
+        raise ValueError(f"rows and sparsities must hold something; got {config.rows} and {config.sparsities}")
+    tolerance(config.dtype)
     if jax.default_backend() != "gpu":
         raise ValueError(f"matmul_sparsity times kernels on a GPU; this machine has {jax.default_backend()} only")
     rows = []
@@ -129,8 +133,8 @@ def readme(result: dict[str, Any]) -> tuple[str, dict[str, bytes]]:
 
     def plot(axes) -> None:
         size = "x".join(str(rows[0][name]) for name in ("m", "k", "n"))
-        colours = (figures.BLUE, figures.ORANGE, figures.GREEN, figures.PINK)
-        for granularity, colour in zip(dict.fromkeys(row["granularity"] for row in rows), colours, strict=False):
+        colours = itertools.cycle((figures.BLUE, figures.ORANGE, figures.GREEN, figures.PINK))
+        for granularity, colour in zip(dict.fromkeys(row["granularity"] for row in rows), colours):  # noqa: B905
             own = [row for row in rows if row["granularity"] == granularity]
             sparsities = [100 * row["sparsity"] for row in own]
             axes.plot(sparsities, [row["time_us"] for row in own], "o-", color=colour, label=f"gathered, {granularity}")
@@ -138,7 +142,9 @@ def readme(result: dict[str, Any]) -> tuple[str, dict[str, bytes]]:
                 axes.plot(
                     sparsities, [row["bound_us"] for row in own], ":", color=colour, label=f"bound, {granularity}"
                 )
-        axes.axhline(rows[0]["dense_us"], color=figures.INK, linestyle="--", label="dense, cuBLAS")
+        own = [row for row in rows if row["granularity"] == rows[0]["granularity"]]
+        xs, ys = [100 * row["sparsity"] for row in own], [row["dense_us"] for row in own]
+        axes.plot(xs, ys, "--", color=figures.INK, label="dense, cuBLAS")
         axes.set(title=f"A @ B, {size}, {rows[0]['dtype']}", xlabel="zero micro-tiles of A (%)", ylabel="time (µs)")
         axes.set_yscale("log")
         axes.legend()
@@ -155,9 +161,11 @@ def _table(rows: list[Row]) -> str:
         "bound_us": "bound (µs)",
         "speedup": "speedup",
         "index_us": "finding the index (µs)",
+        "speedup_with_index": "speedup with it",
         "error": "error",
     }
-    formats = {"sparsity": "{:.0%}", "speedup": "{:.2f}x", "error": "{:.0e}"}
+    formats = {"sparsity": "{:.0%}", "speedup": "{:.2f}x", "speedup_with_index": "{:.2f}x", "error": "{:.0e}"}
+    rows = [row | {"speedup_with_index": row["dense_us"] / (row["time_us"] + row["index_us"])} for row in rows]
     cells = [
         ["–" if row[name] is None else formats.get(name, "{}").format(row[name]) for name in columns] for row in rows
     ]

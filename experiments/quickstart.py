@@ -16,8 +16,9 @@ import dataclasses
 import functools
 import io
 import math
-import shutil
+import os
 import statistics
+import sys
 import sysconfig
 import textwrap
 import time
@@ -119,7 +120,7 @@ class Data:
 
 
 def run(config: Config, run: Run) -> list[Row]:
-    """Trains, measures, compares, saves; leaves its rows, figures, checkpoints and report in the run's folder."""
+    """Trains, measures, compares, saves; leaves its rows, figures, models and report in the run's folder."""
     console = Console()
     name = _size_name(config)
     size = SIZES[name]
@@ -146,7 +147,6 @@ def run(config: Config, run: Run) -> list[Row]:
     formats = save_and_reload(model, data.tokenizer, tokens, run.folder)
     rows = [summary, *densities, *inference, *formats]
     report = write_report(run, rows, [row["loss"] for row in metrics], sampled_text(model, data, config))
-    shutil.rmtree(run.folder / "checkpoints")  # three times the model's size, and of no more use
     console.print(report, markup=False, highlight=False, soft_wrap=True)
     return rows
 
@@ -159,6 +159,8 @@ def _size_name(config: Config) -> str:
 
 def _check(config: Config, size: Size) -> None:
     """What would otherwise show only after the training."""
+    if config.seed < 0:
+        raise ValueError(f"seed must be at least 0; got seed={config.seed}")
     if not 1 <= config.prompt_tokens <= size.window:
         raise ValueError(f"prompt_tokens must be 1 to {size.window} (a window); got {config.prompt_tokens}")
     if not 1 <= config.new_tokens <= size.model.max_length - config.prompt_tokens:
@@ -384,6 +386,7 @@ Saved and loaded again:
             report += f"logits differ by at most {row['largest_logit_difference']:.1e}\n"
     report += f"\nA held-out prompt ▸ and a sample of how the model goes on:\n\n{textwrap.indent(sample, '    ')}\n\n"
     report += f"Files: {run.folder}/ rows.jsonl, density.png, loss.png, report.txt, model/\n"
-    report += f'More text: python -m experiments generate --source {run.folder} --prompt "import os"\n'
+    python = os.path.relpath(sys.executable)
+    report += f'More text: {python} -m experiments generate --source {run.folder} --prompt "import os"\n'
     run.write("report.txt", report)
     return report

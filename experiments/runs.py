@@ -1,7 +1,8 @@
 """Runs and results: what an experiment leaves behind, written whole or not at all.
 
-A run is the folder `runs/<experiment>/<time>/`: config.json when it starts, whatever the experiment leaves on the way,
-and rows.jsonl when it is finished. A result worth quoting is `experiments/results/<device>/<experiment>.json`.
+A run is the folder `runs/<experiment>/<time>/`: config.json when it starts, whatever the experiment leaves on the way
+(checkpoints/ for as long as it can be continued), and rows.jsonl when it is finished. A result worth quoting is
+`experiments/results/<device>/<experiment>.json`.
 """
 
 import dataclasses
@@ -11,6 +12,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shutil
 import subprocess
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -69,13 +71,16 @@ class Run:
         return write_atomically(self.folder / name, content)
 
     def finish(self, rows: Sequence[Row]) -> None:
-        """Writes the rows, a JSON object a line: the run is finished."""
+        """Writes the rows, a JSON object a line: the run is finished, and what only continues it is removed."""
         self.write("rows.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
 
     def __enter__(self) -> "Run":
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, error: type[BaseException] | None, *_) -> None:
+        if error and {path.name for path in self.folder.iterdir()} <= {"config.json", ".lock"}:
+            shutil.rmtree(self.folder)  # refused before it did anything: nothing to continue
         self._lock.close()
 
     def keep(self, rows: Sequence[Row], *, command: str, results: Path = RESULTS) -> Path:

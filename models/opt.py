@@ -58,9 +58,10 @@ class OPTConfig:
     init_std: float = 0.006
 
     def __post_init__(self):
-        for name in ("vocab_size", "layers", "d_model", "heads", "d_ff", "max_length"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1; got {name}={getattr(self, name)}")
+        for name in ("vocab_size", "layers", "d_model", "heads", "d_ff", "max_length", "embed_dim"):
+            size = getattr(self, name)
+            if not (isinstance(size, int) and size >= 1) and (name, size) != ("embed_dim", None):
+                raise ValueError(f"{name} must be an integer of at least 1; got {name}={size!r}")
         if self.d_model % self.heads:
             raise ValueError(f"heads must divide d_model; got heads={self.heads}, d_model={self.d_model}")
         if self.activation not in ACTIVATIONS:
@@ -162,6 +163,20 @@ class LayerNorm(nnx.LayerNorm):
         return super().__call__(x).astype(x.dtype)
 
 
+def _attend(q, k, v, visible):
+    def library(q, k, v, visible):
+        with jax.numpy_dtype_promotion("standard"):  # it promotes bfloat16 scores without saying so
+            return jax.nn.dot_product_attention(q, k, v, mask=visible)
+
+    def in_float32(q, k, v, visible):
+        wide = [x.astype(jnp.float32) for x in (q, k, v)]
+        return library(wide[0], wide[1], wide[2], visible).astype(q.dtype)
+
+    if q.dtype == jnp.float16:  # of which XLA has no product on a CPU that accumulates in float32
+        return lax.platform_dependent(q, k, v, visible, cpu=in_float32, default=library)
+    return library(q, k, v, visible)
+
+
 class Attention(nnx.Module):
     """Causal self-attention."""
 
@@ -189,9 +204,7 @@ class Attention(nnx.Module):
         if slots is not None:
             k = lax.dynamic_update_slice_in_dim(slots[0], k, first_slot, axis=1)
             v = lax.dynamic_update_slice_in_dim(slots[1], v, first_slot, axis=1)
-        with jax.numpy_dtype_promotion("standard"):  # jax's own attention promotes bfloat16 scores without saying so
-            out = jax.nn.dot_product_attention(q, k, v, mask=visible)
-        return self.out_proj(out.reshape(x.shape)), (k, v)
+        return self.out_proj(_attend(q, k, v, visible).reshape(x.shape)), (k, v)
 
 
 class DecoderLayer(nnx.Module):
@@ -270,7 +283,7 @@ class OPT(nnx.Module):
         Args:
             tokens: token ids; one outside the vocabulary gives NaN.
             mask: True for real tokens, False for padding on either side; None if all are real. Logits at padding mean
-                nothing.
+                nothing. A row with more real tokens than `max_length` gives NaN: the mask is data, so no error.
             cache: what `init_cache` or the last call returned; `tokens` go into its next slots. Slots past its end
                 are not checked: the caller keeps count.
 
@@ -278,7 +291,7 @@ class OPT(nnx.Module):
             Logits, float32 [batch, length, vocab]; with a cache, the pair of logits and the new cache.
 
         Raises:
-            ValueError: there are more tokens than positions.
+            ValueError: there are more tokens than positions, and no mask.
         """
         hidden, new_cache = self.hidden_states(tokens, mask=mask, cache=cache)
         logits = self.logits(hidden)

@@ -40,7 +40,7 @@ class MicroTileIndex:
     def mask(self) -> Bool[Array, "blocks K"]:
         """True where a micro-tile is listed."""
         blocks, k = self.indices.shape
-        listed = jnp.arange(k)[None] < self.counts[:, None]
+        listed = jnp.arange(k, dtype=jnp.int32)[None] < self.counts[:, None]
         target = jnp.where(listed, self.indices, k)  # k is out of range: dropped
         return jnp.zeros((blocks, k), bool).at[jnp.arange(blocks)[:, None], target].set(True, mode="drop")
 

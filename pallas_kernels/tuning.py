@@ -25,7 +25,10 @@ def table_path(kind: str, folder: Path | None = None) -> Path:
 
 
 def describe(*args: Any) -> str:
-    """The key of these arguments: dtype and shape of every array (tracers and shapes will do), statics by value."""
+    """The key of these arguments: dtype and shape of every array (tracers and shapes will do), statics by value.
+
+    Static fields of a dataclass among the arguments count too: `.rows64`.
+    """
     names = []
     for path, leaf in jax.tree_util.tree_flatten_with_path(args)[0]:
         field = jax.tree_util.keystr(path[1:])  # ".indices" of a dataclass; empty for an argument that is an array
@@ -33,6 +36,9 @@ def describe(*args: Any) -> str:
         names.append(
             field + (repr(leaf) if static else f"{np.dtype(leaf.dtype).name}{list(leaf.shape)}".replace(" ", ""))
         )
+    for arg in filter(dataclasses.is_dataclass, args):
+        fields = {field.name: getattr(arg, field.name) for field in dataclasses.fields(arg)}
+        names += [f".{name}{value!r}" for name, value in fields.items() if isinstance(value, int | float | str)]
     return " ".join(names)
 
 

@@ -10,6 +10,7 @@ import json
 import logging
 import shutil
 from collections.abc import Iterator, Mapping
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from orbax.checkpoint import v1 as ocp
 
 CONFIG = "config.json"
 STATE = "orbax"
+CHECKPOINT_FILES = (CONFIG, STATE, "*.json", "*.safetensors", "merges.txt")  # what either format may consist of
 
 
 def save_checkpoint(folder: str | Path, config: Mapping[str, Any], state: Any, *, overwrite: bool = False) -> None:
@@ -98,7 +100,7 @@ def load_config(folder: str | Path) -> dict[str, Any]:
 
 def is_checkpoint(folder: str | Path) -> bool:
     """Whether the folder holds what `save_checkpoint` writes (and not, say, Hugging Face's files)."""
-    _restore_interrupted(Path(folder))
+    restore_interrupted(Path(folder))
     return (Path(folder) / STATE).is_dir() and (Path(folder) / CONFIG).is_file()
 
 
@@ -124,16 +126,20 @@ def whole_folder(folder: str | Path, *, overwrite: bool = False) -> Iterator[Pat
     """Gives an empty folder to write into, which becomes `folder` if the block ends well and vanishes if it does not.
 
     Raises:
-        FileExistsError: `folder` holds something already, and `overwrite` is False or it holds no config.json.
+        FileExistsError: `folder` holds something already, and `overwrite` is False or it is not just a checkpoint.
         OSError: no space is left (`errno.ENOSPC`).
     """
-    folder = Path(folder).absolute()
-    _restore_interrupted(folder)
+    folder = Path(folder).expanduser().absolute()
+    restore_interrupted(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         if not overwrite:
             raise FileExistsError(f"the folder must be new or empty; {folder} is not (overwrite=True replaces it)")
         if not (folder / CONFIG).is_file():
             raise FileExistsError(f"only a checkpoint is overwritten, and {folder} holds no {CONFIG}")
+        names = sorted(path.name for path in folder.iterdir())
+        foreign = [name for name in names if not any(fnmatch(name, pattern) for pattern in CHECKPOINT_FILES)]
+        if foreign:
+            raise FileExistsError(f"only a checkpoint is overwritten, and {folder} also holds {', '.join(foreign)}")
     temporary, replaced = folder.with_name(f".{folder.name}.writing"), _replaced(folder)
     try:
         shutil.rmtree(temporary, ignore_errors=True)  # what a killed run left
@@ -145,7 +151,7 @@ def whole_folder(folder: str | Path, *, overwrite: bool = False) -> Iterator[Pat
         shutil.rmtree(replaced, ignore_errors=True)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        _restore_interrupted(folder)
+        restore_interrupted(folder)
         if no_space(error):
             raise OSError(
                 errno.ENOSPC,
@@ -173,7 +179,7 @@ def _replaced(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.replaced")
 
 
-def _restore_interrupted(folder: Path) -> None:
+def restore_interrupted(folder: Path) -> None:
     """Undoes a replacement that was killed between its two renames."""
     replaced = _replaced(folder.absolute())
     if replaced.exists() and not folder.exists():
@@ -187,7 +193,7 @@ def no_space(error: BaseException) -> bool:
 
 
 def _checkpoint_folder(folder: str | Path) -> Path:
-    _restore_interrupted(Path(folder))
+    restore_interrupted(Path(folder))
     if not Path(folder).is_dir():
         raise FileNotFoundError(f"no checkpoint folder {folder}")
     return Path(folder).absolute()

@@ -72,7 +72,7 @@ def generate(
     _check(model.config, prompts, max_new_tokens, temperature, top_k, top_p, key)
     # None means "off" and is static; numbers are traced, so that another temperature compiles nothing.
     sampling = (
-        np.float32(temperature) if temperature else None,
+        np.float32(temperature) if temperature >= np.finfo(np.float32).tiny else None,
         None if top_k is None else np.int32(min(top_k, model.config.vocab_size)),
         None if top_p is None or top_p == 1 else np.float32(top_p),
     )
@@ -105,7 +105,7 @@ def sample(
     """
     if temperature is None:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    logits = logits / temperature
+    logits = (logits - jnp.max(logits, axis=-1, keepdims=True)) / temperature  # so that none overflows
     if top_k is not None or top_p is not None:
         logits = jnp.where(logits < _threshold(logits, top_k, top_p), -jnp.inf, logits)
     return jax.random.categorical(key, logits).astype(jnp.int32)

@@ -19,7 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from sparsellm.checkpoint import CONFIG, check_tensors, load_config, whole_folder
+from sparsellm.checkpoint import CONFIG, check_tensors, load_config, restore_interrupted, whole_folder
 
 INDEX = "model.safetensors.index.json"
 DTYPES = ("BF16", "F16", "F32")
@@ -63,6 +63,7 @@ def find_folder(path_or_hub_id: str | Path, *, revision: str | None = None) -> P
         ValueError: a file instead of a folder.
     """
     path = Path(path_or_hub_id).expanduser()
+    restore_interrupted(path)
     if path.is_file():
         raise ValueError(f"give the folder that holds config.json and *.safetensors, not a file; got {path}")
     if path.is_dir() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path_or_hub_id)):
@@ -97,7 +98,7 @@ def read_config(folder: Path, *, architecture: str) -> dict[str, Any]:
     config = load_config(folder)
     found = config.get("architectures") or [config.get("model_type", "nothing")]
     if architecture not in found:
-        raise ValueError(f"{folder / CONFIG} must be of architecture {architecture}; got {', '.join(found)}")
+        raise ValueError(f"{folder / CONFIG} must be of architecture {architecture}; got {', '.join(map(str, found))}")
     return config
 
 
@@ -106,7 +107,7 @@ def open_tensors(folder: Path, rename: Callable[[str], str]) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: no safetensors, or a shard that the index names is missing.
-        ValueError: only pickles, a damaged or truncated file, or an index that does not fit the shards.
+        ValueError: only pickles, a damaged or truncated file, or an index that is none.
     """
     tensors: dict[str, Any] = {}
     for path in _files(folder):
@@ -170,11 +171,13 @@ def _files(folder: Path) -> list[Path]:
     """The safetensors files that make up the model."""
     if (folder / INDEX).is_file():
         try:
-            return [
-                folder / name for name in sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
-            ]
+            names = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{folder / INDEX} must be JSON with a weight_map; {error!r}") from error
+        for name in names:
+            if Path(name).name != name or not name.endswith(".safetensors"):
+                raise ValueError(f"a shard must be a .safetensors file beside {INDEX}; it names {name!r}")
+        return [folder / name for name in names]
     files = sorted(folder.glob("*.safetensors"))
     if len(files) > 1:
         raise FileNotFoundError(f"{folder} holds {len(files)} safetensors files but no {INDEX}: download it too")

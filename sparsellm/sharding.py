@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 type Rules = Mapping[str, str | tuple[str, ...] | None]
 
@@ -51,6 +51,11 @@ def abstract_model(
     Returns:
         What `nnx.split` returns, with a `jax.ShapeDtypeStruct` in place of each array.
     """
+    if mesh is not None and any(kind != AxisType.Auto for kind in mesh.axis_types):
+        raise ValueError(
+            f"the axes of the mesh must be Auto; got {mesh.axis_types}: "
+            "jax.make_mesh(..., axis_types=(jax.sharding.AxisType.Auto,) * dimensions)"
+        )
     graphdef, state = nnx.split(nnx.eval_shape(make))
 
     def place(variable: nnx.Variable) -> nnx.Variable:

@@ -108,12 +108,17 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     folder = Path(folder)
     if (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
         vocab = _read_json(folder / "vocab.json")
-        lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
+        try:
+            lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{folder / 'merges.txt'} must be UTF-8 text; {error}") from None
         merges = [line for line in lines if line and not line.startswith("#version")]
     elif (folder / "tokenizer.json").exists():
         model = _read_json(folder / "tokenizer.json").get("model", {})
         if model.get("type") != "BPE":
             raise ValueError(f"{folder / 'tokenizer.json'} must hold a BPE model; got {model.get('type')}")
+        if not {"vocab", "merges"} <= model.keys():
+            raise ValueError(f"{folder / 'tokenizer.json'} must hold a vocab and merges; got {sorted(model)}")
         vocab, merges = model["vocab"], model["merges"]
     else:
         raise FileNotFoundError(f"a tokenizer is vocab.json with merges.txt, or tokenizer.json; {folder} has neither")

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from pallas_kernels import MicroTileIndex, gather_matmul, micro_tile_index
 from pallas_kernels.gather_matmul import CASES, Config, candidates, work
 from pallas_kernels.gather_matmul.mosaic import check_config
+from pallas_kernels.tuning import describe
 
 
 def expected(a_t, b, index: MicroTileIndex) -> np.ndarray:
@@ -90,9 +91,12 @@ def test_a_row_of_b_listed_by_one_block_does_not_leak_into_another():
     assert np.isfinite(np.asarray(out[64:])).all()
 
 
-def test_nan_in_a_listed_entry_is_seen():
+@pytest.mark.parametrize("implementation", ["xla", "interpret"])
+@pytest.mark.parametrize("bits", [0x7FC00000, 0x7F800001])  # the second one's payload is in the lowest bit alone
+def test_nan_in_a_listed_entry_is_seen(implementation, bits):
     a_t, b, index = problem(3, m=64, n=16, k=20, rows=64, density=1.0)
-    out = gather_matmul(a_t.at[3, 5].set(jnp.nan), b, index)
+    nan = jax.lax.bitcast_convert_type(jnp.uint32(bits), jnp.float32)
+    out = gather_matmul(a_t.at[3, 5].set(nan), b, index, implementation=implementation)
     assert np.isnan(np.asarray(out[5])).all() and np.isfinite(np.asarray(out[6])).all()
 
 
@@ -135,6 +139,21 @@ def test_a_new_pattern_compiles_nothing_and_asks_the_host_nothing():
         assert_close(out, np.asarray(x, np.float64).T @ np.asarray(b, np.float64), 1e-6)
 
 
+@pytest.mark.parametrize("implementation", ["xla", "interpret"])
+def test_under_x64_and_from_numpy(unchecked, implementation):
+    a_t, b, index = problem(10, m=130, n=20, k=70, rows=64, density=0.4)
+    with jax.enable_x64(True):
+        arrays: list = [np.asarray(a_t), np.asarray(b)]
+        out = gather_matmul(arrays[0], arrays[1], index, implementation=implementation)
+    assert out.dtype == jnp.float32
+    assert_close(out, expected(a_t, b, index), 1e-5)
+
+
+def test_an_index_knows_its_rows_in_the_tuned_table():
+    a_t, b, index = problem(11, m=64, n=8, k=10, rows=64, density=0.5)
+    assert describe(a_t, b, index) != describe(a_t, b, dataclasses.replace(index, rows=128))
+
+
 def test_vmap_over_a_leading_batch():
     a_t, b, _ = problem(8, m=32, n=8, k=24, rows=8, density=1.0)
     batch = jnp.stack([a_t, jnp.zeros_like(a_t), jnp.where(a_t > 0, a_t, 0)])
@@ -163,7 +182,10 @@ def _index(**changes):
         (jnp.ones((12, 128)), jnp.ones((12, 8)), _index(), "K of a_t, b and index must agree; got K=12, 12 and 10"),
         (jnp.ones((10, 128)), jnp.ones((10, 8), jnp.bfloat16), _index(), "one dtype; got float32 and bfloat16"),
         (jnp.ones((10, 128), jnp.int32), jnp.ones((10, 8), jnp.int32), _index(), "dtype must be .* got int32"),
-        (jnp.ones((10, 300)), jnp.ones((10, 8)), _index(), "got 2 lists, M=300, rows=64"),
+        (jnp.ones((10, 300)), jnp.ones((10, 8)), _index(), "got 2 and 2, M=300, rows=64"),
+        (jnp.ones((10, 128)), jnp.ones((10, 8)), _index(counts=jnp.zeros(1, jnp.int32)), "got 2 and 1, M=128"),
+        (jnp.ones((10, 128)), jnp.ones((10, 8)), _index(counts=jnp.zeros(2)), r"counts must be int32.*float32\[2\]"),
+        (jnp.ones((10, 128)), jnp.ones((10, 8)), _index(rows=0), "rows must be at least 1; got rows=0"),
     ],
 )
 def test_wrong_arguments_are_named_before_anything_is_compiled(unchecked, a_t, b, index, message):
@@ -179,7 +201,7 @@ def test_wrong_implementation_and_config():
         gather_matmul(a_t, b, index, implementation="mosaic_gpu")
     with pytest.raises(NotImplementedError, match="multiples of 64; got rows=32"):
         gather_matmul(a_t, b, micro_tile_index(a_t, 32), implementation="interpret")
-    for wrong in ({"block_m": 128}, {"block_n": 96}, {"stages": 1}, {"out_slots": 3}, {"group": 0}):
+    for wrong in ({"block_m": 128}, {"block_n": 96}, {"stages": 1}, {"stages": 9}, {"out_slots": 3}, {"group": 0}):
         config = Config(**({"block_m": 64} | wrong))
         with pytest.raises(ValueError, match=rf"\b{next(iter(wrong))}\b"):
             gather_matmul(a_t, b, index, config=config, implementation="interpret")

@@ -237,7 +237,9 @@ def test_sharded_over_four_devices(tmp_path):
     ("changes", "message"),
     [
         ({"heads": 3}, "heads must divide d_model; got heads=3, d_model=22"),
-        ({"layers": 0}, "layers must be at least 1; got layers=0"),
+        ({"layers": 0}, "layers must be an integer of at least 1; got layers=0"),
+        ({"d_ff": "96"}, "d_ff must be an integer of at least 1; got d_ff='96'"),
+        ({"embed_dim": -3}, "embed_dim must be an integer of at least 1; got embed_dim=-3"),
         ({"activation": "tanh"}, "activation must be one of relu, gelu, silu; got 'tanh'"),
         ({"dtype": "float13"}, "dtype must be one of bfloat16, float16, float32; got 'float13'"),
         ({"param_dtype": "int8"}, "param_dtype must be one of"),
@@ -245,7 +247,7 @@ def test_sharded_over_four_devices(tmp_path):
         ({"sparse_rows": 8, "activation": "gelu"}, "sparse_rows needs exact zeros"),
     ],
 )
-def test_wrong_configurations(changes, message):
+def test_wrong_configurations(unchecked, changes, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(TINY, **changes)
 
@@ -259,3 +261,13 @@ def test_too_many_tokens():
     model = nnx.eval_shape(lambda: OPT(TINY, rngs=nnx.Rngs(0)))
     with pytest.raises(ValueError, match="length must be at most max_length=31; got 32"):
         nnx.eval_shape(lambda m: m(jnp.zeros((1, 32), jnp.int32)), model)
+
+
+def test_float16_once_jitted():
+    """XLA has no float16 product on a CPU that accumulates in float32, which the library's attention asks for."""
+    model = make(dataclasses.replace(TINY, dtype="float16", param_dtype="float16"))
+    graphdef, state = nnx.split(model)
+    tokens = jnp.arange(12).reshape(2, 6)
+    logits = jax.jit(lambda state: nnx.merge(graphdef, state)(tokens))(state)
+    wide = nnx.merge(nnx.graphdef(make(TINY)), jax.tree.map(lambda x: x.astype(jnp.float32), state))
+    np.testing.assert_allclose(logits, wide(tokens), atol=2e-2)

@@ -35,10 +35,11 @@ __all__ = ["CASES", "DEVICES", "Config", "candidates", "gather_matmul", "peers",
 def _gather_matmul(a_t, b, index: MicroTileIndex, config: Config | None, implementation: str):
     if 0 in (*a_t.shape, b.shape[1]):
         return jnp.zeros((a_t.shape[1], b.shape[1]), a_t.dtype)
-    if implementation == "xla":
-        return xla(a_t, b, index)
-    assert config is not None  # the public function has chosen one
-    return mosaic(a_t, b, index, config, interpret=implementation == "interpret")
+    with jax.enable_x64(False):  # under which a Python integer meets an int32 as one of its kind
+        if implementation == "xla":
+            return xla(a_t, b, index)
+        assert config is not None  # the public function has chosen one
+        return mosaic(a_t, b, index, config, interpret=implementation == "interpret")
 
 
 def _forward(a_t, b, index, config, implementation):
@@ -70,9 +71,12 @@ def gather_matmul(
 ) -> Float[Array, "M N"]:
     """C = A @ B, multiplying for each block of rows only the k that its index list names.
 
-    Equal to the dense product where A is zero at every micro-tile that is not listed. Differentiable in `a_t` and `b`;
-    the gradient is that of the function computed, so micro-tiles that are not listed get none (as behind a ReLU).
-    Accumulates in float32; float32 operands keep full float32 precision on every path.
+    Equal to the dense product where A is zero at every micro-tile that is not listed. Differentiable in `a_t` and `b`
+    (reverse mode); the gradient is that of the function computed, so micro-tiles that are not listed get none (as
+    behind a ReLU). Accumulates in float32; float32 operands keep full float32 precision on every path.
+
+    What is not finite: NaN stays NaN. The Mosaic kernel turns an infinite float32 into NaN, and loses float32 digits
+    below 2**-102. On a GPU's xla path, and in gradients, what is not finite may reach blocks that do not list it.
 
     Args:
         a_t: A, k-major, [K, M]; bfloat16, float16 or float32.
@@ -92,7 +96,10 @@ def gather_matmul(
 
     Source: PIT (SOSP'23), section 3.1.
     """
+    a_t, b = jnp.asarray(a_t), jnp.asarray(b)
     _check(a_t, b, index, implementation)
+    if config is not None and index.rows % 64 == 0:
+        check_config(config, a_t, index)
     if implementation is None:
         try:
             check_support(index, DEVICES)
@@ -103,7 +110,6 @@ def gather_matmul(
         check_support(index, DEVICES if implementation == "mosaic_gpu" else None)
     if implementation != "xla" and a_t.size and b.size:
         config = config or tuning.tuned_config("gather_matmul", Config, a_t, b, index) or candidates(a_t, b, index)[0]
-        check_config(config, a_t, index)
     return _gather_matmul(a_t, b, index, config, implementation)
 
 
@@ -111,15 +117,22 @@ def _check(a_t, b, index: MicroTileIndex, implementation: str | None) -> None:
     if a_t.ndim != 2 or b.ndim != 2:
         raise ValueError(f"a_t and b must be matrices [K, M] and [K, N]; got shapes {a_t.shape} and {b.shape}")
     k, m = a_t.shape
+    for name, rank in (("indices", 2), ("counts", 1)):
+        array = getattr(index, name)
+        if array.ndim != rank or array.dtype != jnp.int32:
+            raise ValueError(f"index.{name} must be int32 of rank {rank}; got {array.dtype}{list(array.shape)}")
+    if index.rows < 1:
+        raise ValueError(f"index.rows must be at least 1; got rows={index.rows}")
     if b.shape[0] != k or index.indices.shape[1] != k:
         raise ValueError(f"K of a_t, b and index must agree; got K={k}, {b.shape[0]} and {index.indices.shape[1]}")
     if a_t.dtype != b.dtype:
         raise ValueError(f"a_t and b must have one dtype; got {a_t.dtype} and {b.dtype}")
     if a_t.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
         raise ValueError(f"dtype must be bfloat16, float16 or float32; got {a_t.dtype}")
-    if index.counts.shape[0] != -(-m // index.rows):
+    lists = (index.indices.shape[0], index.counts.shape[0])
+    if lists != (-(-m // index.rows),) * 2:
         raise ValueError(
-            f"index must have ceil(M / rows) lists; got {index.counts.shape[0]} lists, M={m}, rows={index.rows}"
+            f"index must have ceil(M / rows) lists and counts; got {lists[0]} and {lists[1]}, M={m}, rows={index.rows}"
         )
     if implementation not in (None, "mosaic_gpu", "xla", "interpret"):
         raise ValueError(f'implementation must be None, "mosaic_gpu", "xla" or "interpret"; got {implementation!r}')

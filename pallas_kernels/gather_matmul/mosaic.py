@@ -168,10 +168,11 @@ def _dense_tile(config: Config) -> pipeline.DenseTile:
 
 
 def _split(x: Float[Array, "K cols"]) -> BFloat16[Array, "3*K cols"]:
-    """Three bfloat16 terms of a float32 matrix, stacked by rows; they add up to it exactly.
+    """Three bfloat16 terms of a float32 matrix, stacked by rows; they add up to it exactly from 2**-102 on.
 
     A term is the upper 16 bits of what is left. Plain casts would not do: XLA may drop a round trip to bfloat16.
     """
+    x = jnp.where(jnp.isnan(x), jnp.nan, x)  # whose payload is in the upper bits
     terms = []
     for _ in range(3):
         bits = lax.bitcast_convert_type(x, jnp.uint32) & jnp.uint32(0xFFFF0000)
@@ -263,5 +264,8 @@ def check_config(config: Config, a_t, index: MicroTileIndex) -> None:
     copies = _dense_tile(config).consumer_shape[1] // swrite.COLUMNS
     if config.out_slots < 1 or copies % config.out_slots:
         raise ValueError(f"out_slots must divide the {copies} copies of a consumer; got out_slots={config.out_slots}")
-    if config.stages < 2 or config.group < 1:
-        raise ValueError(f"stages must be at least 2 and group at least 1; got {config}")
+    most = _stages(config.block_m, config.block_n, config.out_slots, a_t.dtype)
+    if not 2 <= config.stages <= most:
+        raise ValueError(f"stages must be 2 to {most} for this tile; got stages={config.stages}")
+    if config.group < 1:
+        raise ValueError(f"group must be at least 1; got group={config.group}")

@@ -52,7 +52,10 @@ def _xla_loop(a_t: Float[Array, "K M"], b: Float[Array, "K N"], index: MicroTile
             product = jnp.dot(a_k.T, b_k, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
             return acc + product
 
-        return lax.fori_loop(0, pl.cdiv(count, chunk), step, jnp.zeros((a.shape[1], b.shape[1]), jnp.float32))
+        zeros = jnp.zeros((a.shape[1], b.shape[1]), jnp.float32) * (0 * count).astype(
+            jnp.float32
+        )  # varies as count does
+        return lax.fori_loop(0, pl.cdiv(count, chunk), step, zeros)
 
     return _rounded(lax.map(block, (a_blocks, indices, index.counts)), a_t.shape[1], a_t.dtype)
 

@@ -1,20 +1,30 @@
-"""Which GPU a kernel is traced for: the abstract device of the ambient mesh, else the first local device."""
+"""Which GPU a kernel is traced for: the abstract device of the ambient mesh, else the default device."""
+
+from typing import Any
 
 import jax
+
+
+def default_device() -> Any:
+    """Where jax computes unless told otherwise."""
+    default = jax.config.jax_default_device
+    if isinstance(default, str):
+        return jax.local_devices(backend=default)[0]
+    return default or jax.local_devices()[0]
 
 
 def device_kind() -> str:
     """Name of the device, such as "NVIDIA H200" or "cpu"."""
     if abstract := jax.sharding.get_abstract_mesh().abstract_device:
         return abstract.device_kind
-    return jax.devices()[0].device_kind
+    return default_device().device_kind
 
 
 def sm_count() -> int:
     """Streaming multiprocessors of the device: the size of a persistent grid."""
     if abstract := jax.sharding.get_abstract_mesh().abstract_device:
         return abstract.num_cores
-    return jax.devices()[0].core_count
+    return default_device().core_count
 
 
 def require_device(kernel: str, supported: tuple[str, ...]) -> None:

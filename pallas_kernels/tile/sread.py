@@ -1,7 +1,8 @@
 """SRead: rows of matrices in global memory, named by an index, packed into a stage of shared memory.
 
 `gather_rows` is the device form (16-byte cp.async, inline MLIR, since TMA on Hopper cannot gather);
-`gather_rows_interpreted` does the same with plain reads and writes, for the interpreter and its race detector.
+`gather_rows_interpreted` does the same with plain reads and writes, for the interpreter and its race detector. So what
+the interpreter checks is the pipeline; addresses and the completion of copies are checked by the tests on a GPU.
 """
 
 import dataclasses

@@ -94,10 +94,13 @@ def load_kernel(name: str) -> Kernel:
 def _load_file(path: Path) -> Kernel:
     if not path.is_file():
         raise KernelError(f"kernel file must exist; got {path}")
-    module_name = f"pallas_kernels.{path.stem}"
+    module_name = f"kernel_file_{path.stem}"
     spec = importlib.util.spec_from_file_location(module_name, path)
     assert spec is not None and spec.loader is not None  # true of every .py file
     module = importlib.util.module_from_spec(spec)
     sys.modules[module_name] = module  # dataclasses look their module up here
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # whatever a prototype raises is a finding
+        raise KernelError(f"{path} cannot be imported: {type(error).__name__}: {error}") from error
     return Kernel(name=path.stem, module=module, origin=str(path))
