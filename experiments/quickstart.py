@@ -387,6 +387,7 @@ Saved and loaded again:
     report += f"\nA held-out prompt ▸ and a sample of how the model goes on:\n\n{textwrap.indent(sample, '    ')}\n\n"
     report += f"Files: {run.folder}/ rows.jsonl, density.png, loss.png, report.txt, model/\n"
     python = os.path.relpath(sys.executable)
+    python = sys.executable if python.startswith("..") else python
     report += f'More text: {python} -m experiments generate --source {run.folder} --prompt "import os"\n'
     run.write("report.txt", report)
     return report
