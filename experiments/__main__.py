@@ -9,7 +9,9 @@ python -m experiments NAME --keep          keep the rows under experiments/resul
 import ast
 import dataclasses
 import difflib
+import errno
 import importlib
+import os
 import pkgutil
 import shlex
 import signal
@@ -80,7 +82,10 @@ def main(arguments: Sequence[str]) -> int:
             raise
         print(f"error: {error}", file=sys.stderr)
     except OSError as error:
-        print(f"error: {error if error.filename or not error.strerror else error.strerror}", file=sys.stderr)
+        said = error if error.filename or not error.strerror else error.strerror
+        bare = error.strerror == os.strerror(errno.ENOSPC)  # whoever wrote knew no better sentence
+        hint = ": free some, or give --runs a folder on another disk, and run the same command again" if bare else ""
+        print(f"error: {said}{hint}", file=sys.stderr)
     return 1
 
 
