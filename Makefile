@@ -9,7 +9,7 @@ READY := .venv/.ready
 # A command may exist and still not run (a version manager's shim), so each one is tried.
 CANDIDATES := python3.12 python3 python3.13 python3.14 python
 USABLE := import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 12))
-# The cuda13 wheels are 2 GB: only where an NVIDIA driver is present.
+# The cuda13 wheels are 2.5 GB: only where an NVIDIA driver is present.
 EXTRAS := experiments,dev$(shell if nvidia-smi >/dev/null 2>&1 || test -e /proc/driver/nvidia/version; then echo ,cuda13; fi)
 
 help: ## this list

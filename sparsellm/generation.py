@@ -2,10 +2,13 @@
 
 Prompts are padded on the left to a bucketed length, so that new prompts compile nothing: one compilation per batch
 size, bucket and `max_new_tokens`. The loop is a scan over a static number of steps, run in a few chunks: a `while_loop`
-that asks the device whether all sequences have ended would wait for the host at every step.
+that asks the device whether all sequences have ended would wait for the host at every step. Streaming runs the same
+loop: every step hands its tokens to a host callback, which finds their reader by number.
 """
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
@@ -14,10 +17,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import lax
+from jax.experimental import io_callback
 from jaxtyping import Array, Bool, Float, Int
 
 CHUNK = 32  # steps between looks at whether all sequences have ended
 SMALLEST_BUCKET = 32
+
+_NUMBERS = itertools.count()
+_READERS: dict[int, Callable[[np.ndarray], None]] = {}  # who takes the tokens of the loops now running
 
 
 @runtime_checkable
@@ -59,8 +66,9 @@ def generate(
         eos_id: the end-of-text token, which ends a sequence; -1 for none.
         pad_id: the token that prompts are padded with.
         key: PRNG key; required where temperature > 0.
-        stream: called as `stream(row, token)` for each new token as soon as it is known. The loop then returns to the
-            host after every token; without it, after every chunk of up to 32.
+        stream: called as `stream(row, token)` for each new token as soon as it is known, from inside the compiled loop:
+            maybe on another thread, and it must not use JAX. What it raises ends the stream at once, and comes out of
+            here when the loop's chunk of up to 32 steps has ended.
 
     Returns:
         The new tokens of each prompt, without end-of-text: fewer than `max_new_tokens` where that came first.
@@ -77,18 +85,23 @@ def generate(
         None if top_p is None or top_p == 1 else np.float32(top_p),
     )
     tokens, mask = _pad_left(prompts, pad_id)
-    chunk, chunks = _chunks(max_new_tokens, streaming=stream is not None)
+    chunk, chunks = _chunks(max_new_tokens)
     graphdef, state = nnx.split(model)
     slots = tokens.shape[1] + chunk * chunks
     key = jax.random.key(0) if key is None else key
     carry = _prefill(graphdef, state, tokens, mask, key, sampling, np.int32(eos_id), slots=slots)
     rows: list[list[int]] = [[] for _ in prompts]
-    _collect(np.asarray(carry[0])[None], rows, eos_id, max_new_tokens, stream)
+    collect = partial(_collect, rows=rows, eos_id=eos_id, most=max_new_tokens, stream=stream)
+    collect(np.asarray(carry[0]))
     for _ in range(chunks):
         if np.all(carry[1]):
             break
-        carry, new_tokens = _decode(graphdef, state, carry, key, sampling, np.int32(eos_id), steps=chunk)
-        _collect(np.asarray(new_tokens), rows, eos_id, max_new_tokens, stream)
+        with nullcontext() if stream is None else _reading(collect) as reader:
+            carry, new_tokens = _decode(graphdef, state, carry, key, sampling, np.int32(eos_id), reader, steps=chunk)
+            new_tokens = np.asarray(new_tokens)  # waits for the chunk, and so for its callbacks
+        if stream is None:
+            for step in new_tokens:
+                collect(step)
     return [row[:-1] if row[-1] == eos_id else row for row in rows]
 
 
@@ -135,8 +148,12 @@ def _prefill(graphdef, state, tokens, mask, key, sampling, eos_id, *, slots: int
 
 
 @partial(jax.jit, static_argnames=("graphdef", "steps"), donate_argnames=("carry",))
-def _decode(graphdef, state, carry, key, sampling, eos_id, *, steps: int):
-    """The loop: `steps` tokens for every row, [steps, batch]; rows that have ended repeat end-of-text."""
+def _decode(graphdef, state, carry, key, sampling, eos_id, reader, *, steps: int):
+    """The loop: `steps` tokens for every row, [steps, batch]; rows that have ended repeat end-of-text.
+
+    With a `reader` (a number, traced), the tokens of each step pass through the host on their way to the next: that
+    orders the callbacks on any number of devices, and leaves none running when the tokens are there.
+    """
     model = nnx.merge(graphdef, state)
 
     def step(carry, _):
@@ -144,25 +161,64 @@ def _decode(graphdef, state, carry, key, sampling, eos_id, *, steps: int):
         hidden, cache = model.hidden_states(token[:, None], cache=cache)
         new = sample(model.logits(hidden[:, -1]), jax.random.fold_in(key, count), *sampling)
         new = jnp.where(ended, eos_id, new)
+        if reader is not None:
+            new = io_callback(_deliver, new, reader, new)
         return (new, ended | (new == eos_id), count + 1, cache), new
 
     return lax.scan(step, carry, length=steps)
 
 
+def _deliver(reader: Int[Array, ""], tokens: Int[Array, " batch"]) -> Int[Array, " batch"]:
+    """The one host function that compiled loops call, so that another callback compiles nothing."""
+    take = _READERS.get(int(reader))  # none where `generate` was interrupted while its loop ran on
+    if take is not None:
+        take(np.asarray(tokens))
+    return tokens
+
+
+@contextmanager
+def _reading(collect: Callable[[np.ndarray], None]) -> Iterator[np.int32]:
+    """The number under which a loop delivers its tokens to `collect`.
+
+    What `collect` raises must not go through XLA, which would make an error of its own of it: nothing more is
+    collected, and it is raised at the end.
+    """
+    errors: list[BaseException] = []
+
+    def take(tokens: np.ndarray) -> None:
+        if not errors:
+            try:
+                collect(tokens)
+            except BaseException as error:
+                errors.append(error)
+
+    number = next(_NUMBERS)
+    _READERS[number] = take
+    try:
+        yield np.int32(number)
+    except jax.errors.JaxRuntimeError as error:
+        if "KeyboardInterrupt" not in str(error):
+            raise
+        errors.append(KeyboardInterrupt())  # it came while JAX's own part of the callback ran
+    finally:
+        del _READERS[number]
+    if errors:
+        raise errors[0]
+
+
 def _collect(tokens: np.ndarray, rows: list[list[int]], eos_id: int, most: int, stream) -> None:
-    """Appends tokens [steps, batch] to the rows that have not ended, and streams them. End-of-text stays as a mark."""
-    for step in tokens.tolist():
-        for i, token in enumerate(step):
-            if len(rows[i]) < most and (not rows[i] or rows[i][-1] != eos_id):
-                rows[i].append(token)
-                if stream is not None and token != eos_id:
-                    stream(i, token)
+    """Appends one step's tokens to the rows that have not ended, and streams them. End-of-text stays as a mark."""
+    for i, token in enumerate(tokens.tolist()):
+        if len(rows[i]) < most and (not rows[i] or rows[i][-1] != eos_id):
+            rows[i].append(token)
+            if stream is not None and token != eos_id:
+                stream(i, token)
 
 
-def _chunks(max_new_tokens: int, *, streaming: bool) -> tuple[int, int]:
+def _chunks(max_new_tokens: int) -> tuple[int, int]:
     """Steps in a chunk, and chunks: what follows the first token, in equal parts (a few steps may be surplus)."""
     steps = max_new_tokens - 1
-    chunks = steps if streaming else -(-steps // CHUNK)
+    chunks = -(-steps // CHUNK)
     return (-(-steps // chunks), chunks) if chunks else (0, 0)
 
 

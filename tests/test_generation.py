@@ -1,4 +1,10 @@
 import dataclasses
+import os
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -6,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.experimental import io_callback
 
 from sparsellm import generation
 from sparsellm.generation import generate, sample
@@ -87,12 +94,170 @@ def test_streams_every_token_once_and_in_order():
     assert got == [(0, 4), (1, 8), (2, 2), (0, 5), (2, 3), (0, 6), (2, 4), (0, 7), (2, 5), (0, 8), (2, 6), (2, 7)]
 
 
-def test_an_error_in_the_callback_comes_through():
-    def stream(row, token):
-        raise ConnectionResetError("reader left")
+@pytest.mark.parametrize("max_new_tokens", [1, 2, 33, 70])
+def test_streams_exactly_what_it_returns(max_new_tokens):
+    """Also where the last chunk has surplus steps."""
+    streamed = [[], []]
+    rows = generate(
+        RANDOM,
+        [[3], [5]],
+        max_new_tokens=max_new_tokens,
+        temperature=1.0,
+        key=jax.random.key(2),
+        eos_id=-1,
+        stream=lambda row, token: streamed[row].append(token),
+    )
+    assert streamed == rows == [row[:max_new_tokens] for row in rows]
+    assert rows == generate(
+        RANDOM, [[3], [5]], max_new_tokens=max_new_tokens, temperature=1.0, key=jax.random.key(2), eos_id=-1
+    )
 
-    with pytest.raises(ConnectionResetError, match="reader left"):
-        generate(COUNTER, [[3]], max_new_tokens=6, stream=stream)
+
+def test_streams_each_token_before_the_next_is_computed():
+    log = []
+
+    class Logged(Markov):
+        def hidden_states(self, tokens, *, mask=None, cache: Any = None):
+            tokens = io_callback(lambda x: log.append("step") or x, tokens, tokens)
+            return super().hidden_states(tokens, mask=mask, cache=cache)
+
+    model = Logged(COUNTER.table[...])
+    generate(model, [[3]], max_new_tokens=20, eos_id=-1, stream=lambda row, token: log.append(token))
+    assert log == [entry for token in numbers(4, 20) for entry in ("step", token)]
+
+
+def test_streaming_runs_the_same_chunks(monkeypatch):
+    """Of up to 32 steps; the loop calls the host where there is somebody to call, and otherwise not at all."""
+    decode, steps, programs = generation._decode, [], []
+
+    def spy(*args, **options):
+        steps.append(options["steps"])
+        programs.append(decode.lower(*args, **options).as_text())
+        return decode(*args, **options)
+
+    monkeypatch.setattr(generation, "_decode", spy)
+    generate(COUNTER, [[3]], max_new_tokens=65, eos_id=-1)
+    generate(COUNTER, [[3]], max_new_tokens=65, eos_id=-1, stream=lambda row, token: None)
+    assert steps == [32] * 4
+    assert ["callback" in program for program in programs] == [False] * 2 + [True] * 2
+
+
+def test_another_callback_compiles_nothing():
+    first, second, compiled = [], [], []
+
+    def count(event: str, duration_secs: float, **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(duration_secs)
+
+    def run(got):  # in chunks of 22, which no other test has compiled
+        generate(COUNTER, [[3]], max_new_tokens=45, eos_id=-1, stream=lambda row, token: got.append(token))
+
+    jax.monitoring.register_event_duration_secs_listener(count)
+    try:
+        run(first)
+        assert compiled
+        compiled.clear()
+        run(second)
+        assert not compiled
+    finally:
+        jax.monitoring.unregister_event_duration_listener(count)
+    assert first == second == numbers(4, 45)
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError("reader left"), KeyboardInterrupt()])
+@pytest.mark.parametrize("taken", [0, 1, 5, 33])
+def test_an_error_in_the_callback_comes_through(error, taken):
+    """As it is, at once for the reader; and the next text is not disturbed."""
+    got = []
+
+    def stream(row, token):
+        if len(got) == taken:
+            got.append("raised")
+            raise error
+        got.append(token)
+
+    with pytest.raises(type(error)) as raised:
+        generate(COUNTER, [[3], [3]], max_new_tokens=70, eos_id=-1, stream=stream)
+    assert raised.value is error
+    assert got == [token for token in numbers(4, 20) for _ in range(2)][:taken] + ["raised"]
+    got = []
+    generate(COUNTER, [[3]], max_new_tokens=70, eos_id=-1, stream=lambda row, token: got.append(token))
+    assert got == numbers(4, 70)
+    assert not generation._READERS
+
+
+def test_an_interrupt_inside_jax_stays_an_interrupt(monkeypatch):
+    """Control-C may come before the callback's own first line: XLA then reports an error of its own."""
+
+    class Interrupted(dict):
+        def get(self, *_):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(generation, "_READERS", Interrupted())
+    with pytest.raises(KeyboardInterrupt):
+        generate(COUNTER, [[3]], max_new_tokens=6, stream=lambda row, token: None)
+
+
+def test_streams_at_the_same_time_stay_apart():
+    """Two threads, whose chunks take turns on the device."""
+    both = threading.Barrier(2, timeout=30)
+
+    def run(start):
+        got = []
+
+        def stream(row, token):
+            got.append(token)
+            if len(got) == 1:
+                both.wait()
+
+        return generate(COUNTER, [[start]], max_new_tokens=90, eos_id=-1, stream=stream)[0], got
+
+    with ThreadPoolExecutor(2) as pool:
+        results = list(pool.map(run, [3, 8]))
+    assert results == [(numbers(4, 90),) * 2, (numbers(9, 90),) * 2]
+
+
+SHARDED = """
+import jax
+from flax import nnx
+from models import OPT, OPTConfig
+from sparsellm.generation import generate
+from sparsellm.sharding import create_model
+
+config = OPTConfig(vocab_size=92, layers=1, d_model=24, heads=4, d_ff=52, max_length=64, init_std=0.3)
+mesh = jax.make_mesh((4,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
+prompts, options = [[3], [5, 6, 7]], dict(max_new_tokens=40, eos_id=-1)
+make = lambda: OPT(config, rngs=nnx.Rngs(0))
+expected = generate(create_model(make), prompts, **options)
+for _ in range(2):
+    got = []
+    model = create_model(make, mesh)
+    assert generate(model, prompts, stream=lambda row, token: got.append((row, token)), **options) == expected
+    assert got == [(row, tokens[i]) for i in range(40) for row, tokens in enumerate(expected)], got
+print("streamed")
+"""
+
+
+def test_streams_from_four_devices():
+    """In order and once each, from a model cut over four CPU devices."""
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", SHARDED],
+        env=os.environ | flags | {"JAX_PLATFORMS": "cpu"},
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.stdout.strip() == "streamed", done.stderr
+
+
+@pytest.mark.gpu
+def test_streams_from_a_gpu():
+    test_streams_exactly_what_it_returns(70)
+    test_streams_each_token_before_the_next_is_computed()
+    test_another_callback_compiles_nothing()
+    test_an_error_in_the_callback_comes_through(ConnectionResetError("reader left"), 5)
 
 
 def test_new_prompts_compile_nothing():
