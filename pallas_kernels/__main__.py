@@ -7,6 +7,7 @@ python -m pallas_kernels check gather_matmul
 import argparse
 import functools
 import math
+import os
 import shlex
 import sys
 from collections import Counter
@@ -18,7 +19,7 @@ from pallas_kernels.tuning import describe, read_table, table_path
 from pallas_kernels.workbench.arguments import on_shapes
 from pallas_kernels.workbench.bench import bench_case, write_rows
 from pallas_kernels.workbench.checks import check_kernel
-from pallas_kernels.workbench.interpreter import TIMEOUT_S
+from pallas_kernels.workbench.interpreter import TIMEOUT_S, XLA_THREADS
 from pallas_kernels.workbench.kernels import Kernel, KernelError, load_kernel
 from pallas_kernels.workbench.new import new_kernel
 from pallas_kernels.workbench.timing import require_gpu
@@ -64,6 +65,7 @@ def main() -> int:
             case "list":
                 return list_kernels()
             case "check":
+                os.environ.setdefault("NPROC", XLA_THREADS)
                 return check(load_kernel(args.kernel), args.case, args.timeout)
             case "tune":
                 kernel = load_kernel(args.kernel)

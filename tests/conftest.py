@@ -20,6 +20,11 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+os.environ["NPROC"] = (
+    "64"  # XLA's threads: the interpreter's wait for each other within them, more than a CI machine has
+)
+
+
 def _asks_for_gpu(config: pytest.Config) -> bool:
     return config.option.markexpr.strip() == "gpu"
 

@@ -1,4 +1,6 @@
-"""`micro_tile_index` against plain numpy loops."""
+"""`micro_tile_index` and `compact` against plain numpy loops."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -6,40 +8,56 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import micro_tile_index
-from pallas_kernels.micro_tile_index import ROWS
+from pallas_kernels.micro_tile_index import ROWS, Config, candidates, compact
+from pallas_kernels.workbench.interpreter import run_interpreted
 
 
-def expected(a_t: np.ndarray, rows: int) -> list[list[int]]:
-    """One list of k a block of rows."""
+def expected(a_t: np.ndarray, rows: int, cols: int = 1) -> list[list[int]]:
+    """One list of micro-tiles a block of rows."""
     return [
-        [k for k in range(a_t.shape[0]) if (a_t[k, start : start + rows] != 0).any()]
+        [
+            entry
+            for entry in range(-(-a_t.shape[0] // cols))
+            if (a_t[entry * cols : (entry + 1) * cols, start : start + rows] != 0).any()
+        ]
         for start in range(0, a_t.shape[1], rows)
     ]
 
 
-@settings(max_examples=15)
+def assert_lists(indices, counts, lists: list[list[int]], length: int):
+    """Equal to `lists`, with zeros behind each, as documented."""
+    assert np.asarray(counts).tolist() == [len(block) for block in lists]
+    padded = [block + [0] * (length - len(block)) for block in lists]
+    np.testing.assert_array_equal(np.asarray(indices), np.asarray(padded, np.int32).reshape(len(lists), length))
+
+
+def assert_compacted(out, mask: np.ndarray):
+    indices, counts = out
+    assert_lists(indices, counts, [np.flatnonzero(row).tolist() for row in mask], mask.shape[1])
+
+
+@settings(max_examples=12)
 @given(
     seed=st.integers(0, 2**16),
     k=st.integers(1, 70),
     m=st.integers(1, 300),
     rows=st.sampled_from(ROWS),
+    cols=st.sampled_from((1, 3, 64)),
     density=st.sampled_from((0.0, 0.003, 0.2, 1.0)),
     kind=st.sampled_from((bool, np.float32, jnp.bfloat16)),
 )
-def test_lists_are_the_non_zero_micro_tiles(seed, k, m, rows, density, kind):
+def test_lists_are_the_non_zero_micro_tiles(seed, k, m, rows, cols, density, kind):
     rng = np.random.default_rng(seed)
     values = np.where(rng.random((k, m)) < density, rng.normal(size=(k, m)), 0)
     a_t = jnp.asarray(values != 0 if kind is bool else values, kind)
-    index = micro_tile_index(a_t, rows)
-    lists = expected(np.asarray(a_t, np.float64), rows)
-    assert np.asarray(index.counts).tolist() == [len(block) for block in lists]
-    for entries, block in zip(np.asarray(index.indices), lists, strict=True):
-        assert entries[: len(block)].tolist() == block
-        assert not entries[len(block) :].any()  # documented: zeros after the count
-    mask = np.asarray(index.mask())
-    assert [np.flatnonzero(row).tolist() for row in mask] == lists
+    index = micro_tile_index(a_t, rows, cols)
+    lists = expected(np.asarray(a_t, np.float64), rows, cols)
+    assert_lists(index.indices, index.counts, lists, -(-k // cols))
+    assert [np.flatnonzero(row).tolist() for row in np.asarray(index.mask())] == lists
 
 
 def test_nan_and_negative_zero():
@@ -48,9 +66,10 @@ def test_nan_and_negative_zero():
     assert np.asarray(index.indices)[0, : int(index.counts[0])].tolist() == [1, 3]
 
 
+@pytest.mark.parametrize("implementation", ["xla", "interpret"])
 @pytest.mark.parametrize("shape", [(0, 10), (10, 0)])
-def test_empty_matrix(shape):
-    index = micro_tile_index(jnp.ones(shape), 8)
+def test_empty_matrix(shape, implementation):
+    index = micro_tile_index(jnp.ones(shape), 8, implementation=implementation)
     assert index.indices.shape == (-(-shape[1] // 8), shape[0])
     assert not np.asarray(index.counts).any()
 
@@ -68,10 +87,93 @@ def test_granularity_is_static_and_the_pattern_is_not():
     assert np.asarray(first.counts).tolist() == [5, 5] and np.asarray(second.counts).tolist() == [0, 0]
 
 
+@pytest.mark.parametrize("lists, length", [(1, 1), (5, 31), (3, 32), (2, 129), (6, 40)])
+@pytest.mark.parametrize("density", [0.0, 0.3, 1.0])
+def test_interpreted_kernel_shares_the_lists_out_among_warps(lists, length, density):
+    mask = np.random.default_rng(length).random((lists, length)) < density
+    config = Config(entries=32)
+    out = run_interpreted(lambda: compact(jnp.asarray(mask), config=config, implementation="interpret"))
+    assert_compacted(out, mask)
+
+
+def test_interpreted_kernel_takes_a_batch_and_ragged_micro_tiles():
+    batch = np.random.default_rng(0).random((2, 3, 50)) < 0.2
+    kernel = jax.vmap(functools.partial(compact, config=Config(entries=32), implementation="interpret"))
+    indices, counts = run_interpreted(lambda: kernel(jnp.asarray(batch)))
+    for i, mask in enumerate(batch):
+        assert_compacted((indices[i], counts[i]), mask)
+    a_t = np.where(np.random.default_rng(1).random((100, 20)) < 0.01, 1.0, 0.0).astype(np.float32)
+    index = run_interpreted(lambda: micro_tile_index(jnp.asarray(a_t), 8, 3, implementation="interpret"))
+    assert_lists(index.indices, index.counts, expected(a_t, 8, 3), 34)
+
+
+def test_batched_and_not_differentiated():
+    batch = jnp.asarray(np.random.default_rng(2).normal(size=(2, 40, 16)) * (np.arange(40) % 3 == 0)[:, None])
+
+    def scaled_sum(a_t):
+        return jnp.sum(a_t) * micro_tile_index(a_t, 8).counts[0].astype(a_t.dtype)
+
+    grads = jax.vmap(jax.grad(scaled_sum))(batch)
+    np.testing.assert_array_equal(np.asarray(grads), np.full(batch.shape, 14.0))  # k of 40 that 3 divides
+
+
+def lowered(function, *shapes, mesh: AbstractMesh) -> str:
+    with jax.sharding.use_abstract_mesh(mesh):
+        return jax.jit(function).trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
+
+
+def test_on_a_gpu_the_kernel_is_chosen_under_every_transformation():
+    device = AbstractDevice("NVIDIA H200", 132, "gpu")
+    mesh = AbstractMesh((2,), ("x",), axis_types=(AxisType.Auto,), abstract_device=device)
+    batch = jax.ShapeDtypeStruct((2, 256, 100), jnp.bfloat16)
+
+    def scaled_sum(a_t):
+        return jnp.sum(a_t) * micro_tile_index(a_t, 64).counts[0].astype(a_t.dtype)
+
+    def add_counts(sums, a_t):
+        return sums + micro_tile_index(a_t, 64).counts, None
+
+    def sharded(batch):  # the carry of a scan must vary over the mesh as what is added to it does
+        sums = lambda x: jax.lax.scan(add_counts, micro_tile_index(x[0], 64).counts, x)[0]  # noqa: E731
+        return jax.shard_map(sums, mesh=mesh, in_specs=P(None, "x"), out_specs=P("x"))(batch)
+
+    for function in (jax.vmap(jax.grad(scaled_sum)), sharded):
+        assert "mosaic_gpu" in lowered(function, batch, mesh=mesh)
+    with jax.enable_x64(True):
+        assert "mosaic_gpu" in lowered(compact, jax.ShapeDtypeStruct((3, 77), bool), mesh=mesh)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("density", [0.0, 0.01, 0.5, 1.0])
+@pytest.mark.parametrize(
+    "lists, length", [(1, 1), (7, 31), (5, 33), (4096, 64), (33, 4097), (65537, 3), (32, 28672), (2, 100_001)]
+)
+def test_compiled_kernel_against_numpy(lists, length, density):
+    mask = np.random.default_rng(length).random((lists, length)) < density
+    for config in (None, Config(entries=32), Config(entries=1024)):
+        indices, counts = compact(jnp.asarray(mask), config=config, implementation="mosaic_gpu")
+        np.testing.assert_array_equal(np.asarray(counts), mask.sum(axis=1))
+        order = np.argsort(~mask, axis=1, kind="stable")
+        np.testing.assert_array_equal(np.asarray(indices), np.where(np.take_along_axis(mask, order, 1), order, 0))
+
+
+def test_every_candidate_is_a_valid_config():
+    for shape in ((1, 1), (4096, 64), (28672, 4224), (64, 65536)):
+        configs = candidates(jax.ShapeDtypeStruct(shape, jnp.bfloat16), 64)
+        assert len(set(configs)) == len(configs) >= 1
+        for config in configs:
+            compact(jnp.ones((1, 4), bool), config=config)
+
+
 def test_errors(unchecked):
-    with pytest.raises(ValueError, match=r"rows must be one of .*; got rows=7"):
-        micro_tile_index(jnp.ones((4, 4)), 7)
+    with pytest.raises(ValueError, match=r"rows and cols must be at least 1; got rows=0, cols=1"):
+        micro_tile_index(jnp.ones((4, 4)), 0)
     with pytest.raises(ValueError, match=r"matrix \[K, M\]; got shape \(4,\)"):
         micro_tile_index(jnp.ones(4), 8)
-    with pytest.raises(NotImplementedError, match='"xla" only'):
+    with pytest.raises(NotImplementedError, match="runs on NVIDIA H100, NVIDIA H200; got cpu"):
         micro_tile_index(jnp.ones((4, 4)), 8, implementation="mosaic_gpu")
+    with pytest.raises(ValueError, match="implementation must be None, .*; got 'triton'"):
+        compact(jnp.ones((4, 4), bool), implementation="triton")
+    for entries in (0, 48):
+        with pytest.raises(ValueError, match=f"entries must be a multiple of 32, .*; got entries={entries}"):
+            micro_tile_index(jnp.ones((4, 4)), 8, config=Config(entries=entries))

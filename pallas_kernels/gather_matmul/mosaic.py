@@ -1,19 +1,29 @@
 """The Mosaic GPU kernel of `gather_matmul` for Hopper: body, launch, configs.
 
-What was tried on an H200, 4096 cubed in bfloat16, at 128x1 and 0 / 50 / 90 / 99% sparsity (dense 171 us):
-- 8 lanes a row, so that a row's index is loaded once and all else of an address is constant, entries staged 256 at a
-  time and a tile ahead: 196 / 108 / 32 / 13 us, against 213 / 114 / 35 / 14 with a row spread over a whole pass of
-  threads and the list staged when its tile begins.
-- Counts loaded a tile ahead: 192 / 105 / 31 / 13, and at 64x1 297 / 158 / 43 / 18 -> 276 / 149 / 40 / 17.
-- No gain: 3 instead of 4 stages (+1 to +2 us), an output buffer for each of a consumer's copies, 2 to 32 row blocks
-  walked together (within 2%). block_n 128 costs a third more: 48 kB a stage through L2 become 64 kB.
-What holds it: a step of 64 k takes 0.72 us, its wgmma 0.58. Shared memory serves 80 kB of operands to wgmma and takes
-48 kB of copies in it, near its 128 bytes a clock. Lists that all name the same k are no quicker (30 us at 90%), so
-it is not the gather's scatter over memory. A tile without k costs 9.4 us of output writes in all.
+One dense tile, three rules for what the producer reads into it: single k by 16-byte gathers, blocks of k by TMA, and
+everything by TMA where a tile's lists are nearly full.
+
+What was tried on an H200, 4096 cubed in bfloat16, in us (cuBLAS 171 to 175), at 0 / 50 / 90 / 95 / 99% sparsity:
+- 128x1, gathers with the dense rule: 171 / 98 / 29 / 21 / 12.4; 64x1, two lists a tile: 173 / 139 / 38 / 27 / 15.5;
+  64x64: 175 / 140 / 37 / 26 / 19; 128x128: 174 / 92 / 31 / 29 / 24. Without any k: 9.8, of which 7.8 write C.
+- All entries of a stage loaded before its first copy (a load from shared memory does not move above a copy to it):
+  a step of 64 k falls from 0.75 to 0.68 us. Entries by way of registers instead of TMA: another 1 us at 64x1.
+- 8 lanes a row, so that all but the row of an address is constant: -8%. Counts loaded a tile ahead: 64x1 -7%.
+- Stages of 32 k with 64-byte atoms: 290 / 154 / 39 / 25 / 13, as 64-byte atoms multiply slower. Three stages and an
+  output buffer for each copy, or six of 32 k: within 5%, worse. block_n 128 costs a third more.
+- Rows of tiles sorted by the length of their lists: 128x128 at 50% 97 -> 92, at 90% 35 -> 31; where all lists are
+  about equal (128x1) the sort itself costs 0.5 to 1 us, so only blocks have it.
+- Blocks by 16-byte copies instead of TMA: 128x128 at 50% 92 -> 96, no gain at 99%.
+What holds it: with nothing multiplied the fill alone takes 0.57 us a step, with nothing copied the products take 0.56;
+together 0.68. Shared memory serves 80 kB of operands to wgmma and takes 48 kB of copies in it. The stores of C add to
+that instead of hiding behind it: 29 us at 90% are 19 of filling, 5 of stores, 5 of contention. Not understood: why a
+few live tiles among empty ones (128x128 at 99%) cost as much as they do.
 """
 
 import dataclasses
 import functools
+import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,9 +33,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, BFloat16, Float
 
 from pallas_kernels.micro_tile_index import MicroTileIndex
-from pallas_kernels.tile import device, pipeline, sread, swrite
+from pallas_kernels.tile import device, pipeline, schedule, sread, swrite
 
-CHUNK = 4 * pipeline.BLOCK_K  # index entries staged at a time; a TMA copy takes 256 along a dimension
+BLOCK_K = pipeline.BLOCK_K
+CHUNK = 256  # index entries staged at a time
+ENTRIES_LAYOUT = plgpu.Layout.WG_STRIDED((CHUNK,), vec_size=CHUNK // 128)
 HOPPER_SMS = 132
 SPLIT_PRODUCTS = ((0, 0), (0, 1), (1, 0), (1, 1), (0, 2), (2, 0))  # (term of A, term of B); the rest is below float32
 
@@ -35,11 +47,14 @@ class Config:
     """Tiling of the Mosaic kernel.
 
     Attributes:
-        block_m: rows of C a tile, 64 or 128; must divide the index's `rows`.
+        block_m: rows of C a dense tile, 64 or 128. Where the index's `rows` are 64, one of 128 takes two lists, one
+            after the other unless both are dense.
         block_n: columns of C a tile, 128 or 256.
         stages: stages of shared memory in the pipeline, at least 2.
         out_slots: 64-column output buffers of a consumer; with all of its columns buffered it never waits for one.
-        group: how many row blocks are walked together before the next columns (for reuse in L2).
+        group: how many rows of tiles are walked together before the next columns, so that B's part stays in L2.
+        longest_first: rows of tiles go by falling length of their lists (where they are at most 128).
+        dense_from: share of listed micro-tiles from which on a tile is read as it lies (given `zero_elsewhere`).
     """
 
     block_m: int = 128
@@ -47,124 +62,280 @@ class Config:
     stages: int = 4
     out_slots: int = 2
     group: int = 32
+    longest_first: bool = False
+    dense_from: float = 0.92
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Walk:
+    """The tiles of C that a persistent block computes, and the lists of each: one order for producer and consumers.
+
+    Attributes:
+        shape: M, N and K; K without the terms of a split.
+        index: its shapes and static fields.
+        counts_gmem: entries of each list.
+        order_smem: rows of tiles in the order of the walk; None where that is their own.
+        may_be_dense: tiles may be read as they lie.
+    """
+
+    config: Config
+    shape: tuple[int, int, int]
+    index: MicroTileIndex
+    counts_gmem: Any
+    order_smem: Any
+    may_be_dense: bool
+
+    @property
+    def lists_a_tile(self) -> int:
+        return pl.cdiv(self.config.block_m, self.index.rows)
+
+    @property
+    def list_tile(self) -> pipeline.DenseTile:
+        """The part of a tile that one list serves."""
+        return _dense_tile(self.config, self.config.block_m // self.lists_a_tile)
+
+    @property
+    def tiles(self) -> tuple[int, int]:
+        m, n, _ = self.shape
+        return pl.cdiv(m, self.config.block_m), pl.cdiv(n, self.config.block_n)
+
+    @property
+    def own_tiles(self) -> jax.Array:
+        return schedule.own_tiles(self.tiles[0] * self.tiles[1])
+
+    def position(self, t) -> tuple[jax.Array, jax.Array]:
+        """First row and column of this block's t-th tile."""
+        i, j = schedule.row_and_column(schedule.tile_number(t), *self.tiles, self.config.group)
+        if self.order_smem is not None:
+            i = self.order_smem[i]
+        return i * self.config.block_m, j * self.config.block_n
+
+    def list_number(self, t, part: int) -> jax.Array:
+        """The list of a part of the t-th tile. Past the last row there is none: then one too high."""
+        m0, n0 = self.position(t)
+        across = pl.cdiv(self.shape[1], self.index.out_cols) if self.index.out_cols else 1
+        block = lax.div(m0 + part * self.list_tile.block_m, self.index.rows)
+        return block * across + (lax.div(n0, self.index.out_cols) if self.index.out_cols else 0)
+
+    def counts(self, t) -> tuple[jax.Array, ...]:
+        """Entries of the lists of the t-th tile."""
+        numbers = [self.list_number(jnp.minimum(t, self.own_tiles - 1), part) for part in range(self.lists_a_tile)]
+        last = self.index.counts.shape[0] - 1
+        return tuple(jnp.where(i > last, 0, self.counts_gmem[jnp.minimum(i, last)]) for i in numbers)
+
+    def dense_and_counts(self, counts: tuple[jax.Array, ...]) -> tuple[Any, tuple[jax.Array, ...]]:
+        """Whether the tile is read as it lies, and then no list of it is."""
+        if not self.may_be_dense:
+            return False, counts
+        least = math.ceil(self.config.dense_from * self.index.indices.shape[1]) * self.lists_a_tile
+        dense = functools.reduce(jnp.add, counts) >= max(least, 1)
+        return dense, tuple(jnp.where(dense, 0, count) for count in counts)
+
+    def each_tile(self, body, init):
+        """Loop over this block's tiles: `body(t, dense, counts, carry) -> carry`."""
+
+        def step(t, carry):
+            counts, carry = carry
+            # Loaded a tile ahead: nothing else hides the latency where tiles are short.
+            return self.counts(t + 1), body(t, *self.dense_and_counts(counts), carry)
+
+        return lax.fori_loop(0, self.own_tiles, step, (self.counts(jnp.int32(0)), init))[1]
+
+
+def _dense_tile(config: Config, block_m: int | None = None) -> pipeline.DenseTile:
+    sizes = {name: getattr(config, name) for name in ("block_n", "stages", "out_slots")}
+    return pipeline.DenseTile(block_m=block_m or config.block_m, **sizes)
+
+
+def _produce(
+    walk: _Walk, producer: pipeline.Producer, products, a_gmem, b_gmem, indices_gmem, a_smem, b_smem, entries_smem,
+    *, interpret: bool,
+):  # fmt: skip
+    """The producer warpgroup: stages the lists, and fills stages by what they name, or in order."""
+    gather_rows = sread.gather_rows_interpreted if interpret else sread.gather_rows
+    config, cols, parts, k = walk.config, walk.index.cols, walk.lists_a_tile, walk.shape[2]
+
+    def copy_tile(progress, k0, m0, n0, block_m):
+        """The contiguous rows k0 to k0 + BLOCK_K, by TMA."""
+        for a_term, b_term in products:
+
+            def start(slot, barrier, a_term=a_term, b_term=b_term):
+                for panel in range(block_m // pipeline.PANEL):
+                    a_tile = a_gmem.at[
+                        pl.ds(a_term * k + k0, BLOCK_K), pl.ds(m0 + panel * pipeline.PANEL, pipeline.PANEL)
+                    ]
+                    plgpu.copy_gmem_to_smem(a_tile, a_smem.at[slot, panel], barrier)
+                b_tile = b_gmem.at[pl.ds(b_term * k + k0, BLOCK_K), pl.ds(n0, config.block_n)]
+                plgpu.copy_gmem_to_smem(b_tile, b_smem.at[slot, 0], barrier)
+                return block_m // pipeline.PANEL + 1
+
+            progress = producer.copy(progress, start)
+        return progress
+
+    def gather_stage(progress, entries_smem, first, left, m0, n0, block_m):
+        """The rows that entries `first` to `first + BLOCK_K` name, of which `left` count."""
+        for a_term, b_term in products:
+
+            def copy(slot, _, a_term=a_term, b_term=b_term):
+                a = sread.Source(gmem=a_gmem, smem=a_smem.at[slot], first_row=a_term * k, first_col=m0, cols=block_m)
+                b = sread.Source(
+                    gmem=b_gmem, smem=b_smem.at[slot], first_row=b_term * k, first_col=n0, cols=config.block_n
+                )
+                gather_rows((a, b), entries_smem, left, first)
+
+            progress = producer.gather(progress, copy)
+        return progress
+
+    def list_number(t, part):
+        """The list of a part of the t-th tile; any that there is where there is none."""
+        return jnp.minimum(walk.list_number(jnp.minimum(t, walk.own_tiles - 1), part), walk.index.counts.shape[0] - 1)
+
+    def load_entries(number, chunk):
+        """A chunk of a list, in registers: by TMA it would queue behind the stores of C."""
+        return plgpu.load(indices_gmem, (number, pl.ds(chunk * CHUNK, CHUNK)), layout=ENTRIES_LAYOUT, optimized=False)
+
+    def list_body(t, part, count, carry):
+        m0, n0 = walk.position(t)
+        block_m = walk.list_tile.block_m
+        m0 += part * block_m
+        chunks = jnp.maximum(pl.cdiv(count, CHUNK), 1)  # an empty list has a chunk too: one rule for what is next
+
+        def chunk_body(chunk, carry):
+            progress, entries = carry
+            last = chunk == chunks - 1
+            next_t, next_part = (t, part + 1) if part + 1 < parts else (t + 1, 0)
+            entries_smem[...] = entries
+            plgpu.commit_smem()
+            next_number = jnp.where(last, list_number(next_t, next_part), list_number(t, part))
+            next_entries = load_entries(next_number, jnp.where(last, 0, chunk + 1))
+            left = jnp.clip(count - chunk * CHUNK, 0, CHUNK)
+            if cols == 1:
+
+                def step(s, progress):
+                    first = s * BLOCK_K
+                    return gather_stage(progress, entries_smem, first, left - first, m0, n0, block_m)
+
+                return lax.fori_loop(0, pl.cdiv(left, BLOCK_K), step, progress), next_entries
+
+            def block_step(s, progress):
+                entry, inner = lax.div(s, cols // BLOCK_K), lax.rem(s, cols // BLOCK_K)
+                k0 = entries_smem[entry] * cols + inner * BLOCK_K
+                return copy_tile(progress, k0, m0, n0, block_m)
+
+            progress = lax.fori_loop(0, left * (cols // BLOCK_K), block_step, progress)
+            plgpu.commit_smem()  # every thread has read its entries: the slot may be staged anew
+            return progress, next_entries
+
+        return lax.fori_loop(0, chunks, chunk_body, carry)
+
+    def tile_body(t, dense, counts, carry):
+        if walk.may_be_dense:
+            m0, n0 = walk.position(t)
+            steps = jnp.where(dense, pl.cdiv(k, BLOCK_K), 0)
+            copy_step = lambda s, progress: copy_tile(progress, s * BLOCK_K, m0, n0, config.block_m)  # noqa: E731
+            carry = lax.fori_loop(0, steps, copy_step, carry[0]), carry[1]
+        for part, count in enumerate(counts):
+            carry = list_body(t, part, count, carry)
+        return carry
+
+    first_entries = load_entries(list_number(jnp.int32(0), 0), 0)
+    progress, _ = walk.each_tile(tile_body, ((jnp.int32(0), jnp.int32(0)), first_entries))
+    producer.drain(progress)
+
+
+def _consume(walk: _Walk, consumer, products, out_gmem, out_smem, a_smem, b_smem, barriers: dict[str, Any]):
+    """A consumer warpgroup: multiplies the stages of its part of each tile, and stores it."""
+    config, k = walk.config, walk.shape[2]
+
+    def multiply(tile, g, stages):
+        """The sum of `stages` stages from number g on, and the number of the next."""
+
+        def add_stages(acc):
+            operands = tile.operands(consumer, a_smem, b_smem)
+            g_next = pipeline.consume(config.stages, g, stages, acc, operands, **barriers)
+            return acc[...], g_next
+
+        return pl.run_scoped(add_stages, plgpu.ACC(tile.consumer_shape))
+
+    def multiply_float32(tile, g, steps):
+        # The tensor core truncates each time it adds to its accumulator: over a long k that would cost digits.
+        def step(_, carry):
+            total, g = carry
+            products_sum, g = multiply(tile, g, len(products))
+            return total + products_sum, g
+
+        zeros = plgpu.layout_cast(jnp.zeros(tile.consumer_shape, jnp.float32), plgpu.Layout.WGMMA)
+        return lax.fori_loop(0, steps, step, (zeros, g))
+
+    def compute(tile, g, steps, m0, n0, first_slot=0):
+        acc, g = multiply(tile, g, steps) if len(products) == 1 else multiply_float32(tile, g, steps)
+        m1, n1 = tile.consumer_origin(consumer)
+        swrite.store(acc, out_gmem, out_smem, m0 + m1, n0 + n1, first_slot)
+        return g
+
+    def list_steps(count):
+        return pl.cdiv(count, BLOCK_K) if walk.index.cols == 1 else count * (walk.index.cols // BLOCK_K)
+
+    def tile_body(t, dense, counts, g):
+        m0, n0 = walk.position(t)
+        tile, dense_steps = walk.list_tile, pl.cdiv(k, BLOCK_K)
+        copies = tile.consumer_shape[1] // swrite.COLUMNS
+
+        def by_lists(g):
+            for part, count in enumerate(counts):
+                first_slot = part * copies if config.out_slots > copies else 0
+                g = compute(tile, g, list_steps(count), m0 + part * tile.block_m, n0, first_slot)
+            return g
+
+        if not walk.may_be_dense:
+            return by_lists(g)
+        if len(counts) == 1:
+            return compute(tile, g, jnp.where(dense, dense_steps, list_steps(counts[0])), m0, n0)
+        return lax.cond(dense, lambda g: compute(_dense_tile(config), g, dense_steps, m0, n0), by_lists, g)
+
+    walk.each_tile(tile_body, jnp.int32(0))
+    plgpu.wait_smem_to_gmem(0)
 
 
 def _gather_matmul_kernel(
-    a_gmem, b_gmem, indices_gmem, counts_gmem, out_gmem, *, a_smem, b_smem, full, empty, out_smem, index_smem, staged,
-    config: Config, rows: int, terms: int, interpret: bool,
+    a_gmem, b_gmem, indices_gmem, counts_gmem, out_gmem, *, a_smem, b_smem, full, empty, out_smem, index_smem,
+    ordered, config: Config, shape: tuple[int, int, int], index: MicroTileIndex, may_be_dense: bool,
+    arrivals: int, interpret: bool,
 ):  # fmt: skip
     """The body: tiles of C over persistent blocks, SRead by index, SWrite in place."""
-    k, m, n = a_gmem.shape[0] // terms, *out_gmem.shape
-    tile = _dense_tile(config)
-    m_tiles, n_tiles = pl.cdiv(m, tile.block_m), pl.cdiv(n, tile.block_n)
-    first_tile, tile_stride = lax.axis_index("sm"), lax.axis_size("sm")
-    own_tiles = pl.cdiv(m_tiles * n_tiles - first_tile, tile_stride)
-    products = SPLIT_PRODUCTS if terms > 1 else ((0, 0),)
+    products = SPLIT_PRODUCTS if a_gmem.shape[0] > shape[2] else ((0, 0),)
     warpgroup = lax.axis_index("warpgroup")
+    walk = _Walk(
+        config=config, shape=shape, index=index, counts_gmem=counts_gmem, order_smem=None, may_be_dense=may_be_dense
+    )
+    if config.longest_first and index.out_cols is None and walk.tiles[0] <= schedule.MOST_SORTED:
+        order_smem, count_smem = (index_smem.at[pl.ds(first, schedule.MOST_SORTED)] for first in (CHUNK, 0))
+        walk = dataclasses.replace(walk, order_smem=order_smem)
 
-    def position(t):
-        """Row and column of this block's t-th tile, and the index list of its rows."""
-        i, j = plgpu.planar_snake(first_tile + t * tile_stride, (m_tiles, n_tiles), 0, config.group)
-        return i * tile.block_m, j * tile.block_n, lax.div(i * tile.block_m, rows)
+        @pl.when(warpgroup == pipeline.CONSUMERS)
+        def _sort():
+            sort = schedule.longest_first_interpreted if interpret else schedule.longest_first
+            sort(counts_gmem, walk.lists_a_tile, order_smem, count_smem)
+            plgpu.barrier_arrive(ordered)
 
-    def count(t):
-        """Entries of the t-th tile's list. Loaded a tile ahead: nothing else hides the latency of a short tile."""
-        return counts_gmem[position(jnp.minimum(t, own_tiles - 1))[2]]
-
-    def each_tile(body, init):
-        """Loop over this block's tiles: `body(t, count of tile t, carry) -> carry`."""
-
-        def step(t, carry):
-            this_count, carry = carry
-            return count(t + 1), body(t, this_count, carry)
-
-        return lax.fori_loop(0, own_tiles, step, (count(jnp.int32(0)), init))[1]
+        plgpu.barrier_wait(ordered)
 
     @pl.when(warpgroup == pipeline.CONSUMERS)
-    def _produce():
+    def _producer():
         plgpu.set_max_registers(pipeline.PRODUCER_REGISTERS, action="decrease")
-        gather_rows = sread.gather_rows_interpreted if interpret else sread.gather_rows
         wait_copies = sread.wait_copies_interpreted if interpret else sread.wait_copies
-        producer = pipeline.Producer(tile=tile, full=full, empty=empty, wait_copies=wait_copies)
-
-        def stage_index(t, chunk, slot):
-            _, _, block = position(t)
-            entries = indices_gmem.at[block, pl.ds(chunk * CHUNK, CHUNK)]
-            plgpu.copy_gmem_to_smem(entries, index_smem.at[slot], staged.at[slot])
-
-        def tile_body(t, count, carry):
-            m0, n0, _ = position(t)
-            chunks = jnp.maximum(pl.cdiv(count, CHUNK), 1)  # an empty list has a chunk too: one rule for what is next
-
-            def chunk_body(chunk, carry):
-                g, q = carry
-                slot, last = lax.rem(q, 2), chunk == chunks - 1
-                next_t, next_chunk = jnp.where(last, t + 1, t), jnp.where(last, 0, chunk + 1)
-                pl.when(next_t < own_tiles)(lambda: stage_index(next_t, next_chunk, 1 - slot))
-                plgpu.barrier_wait(staged.at[slot])
-                left = count - chunk * CHUNK
-
-                def step(s, g):
-                    def copy(stage, a_term, b_term):
-                        a = sread.Source(gmem=a_gmem, smem=a_smem.at[stage], first_row=a_term * k, first_col=m0)
-                        b = sread.Source(gmem=b_gmem, smem=b_smem.at[stage], first_row=b_term * k, first_col=n0)
-                        first = s * pipeline.BLOCK_K
-                        gather_rows((a, b), index_smem.at[slot], left - first, first)
-
-                    for a_term, b_term in products:
-                        g = producer.fill(g, functools.partial(copy, a_term=a_term, b_term=b_term))
-                    return g
-
-                steps = pl.cdiv(jnp.clip(left, 0, CHUNK), pipeline.BLOCK_K)
-                return lax.fori_loop(0, steps, step, g), q + 1
-
-            return lax.fori_loop(0, chunks, chunk_body, carry)
-
-        stage_index(jnp.int32(0), jnp.int32(0), 0)
-        g, _ = each_tile(tile_body, (jnp.int32(0), jnp.int32(0)))
-        producer.drain(g)
+        producer = pipeline.Producer(
+            stages=config.stages, full=full, empty=empty, arrivals=arrivals, gather_arrivals=arrivals,
+            wait_copies=wait_copies,
+        )  # fmt: skip
+        smem = a_smem, b_smem, index_smem.at[pl.ds(0, CHUNK)]
+        _produce(walk, producer, products, a_gmem, b_gmem, indices_gmem, *smem, interpret=interpret)
 
     @pl.when(warpgroup < pipeline.CONSUMERS)
-    def _consume():
+    def _consumer():
         plgpu.set_max_registers(pipeline.CONSUMER_REGISTERS, action="increase")
-
-        def multiply(g, stages):
-            """The sum of `stages` stages from number g on, and the number of the next."""
-
-            def add_stages(acc):
-                g_next = pipeline.consume(
-                    tile, warpgroup, g, stages, acc, a_smem=a_smem, b_smem=b_smem, full=full, empty=empty
-                )
-                return acc[...], g_next
-
-            return pl.run_scoped(add_stages, plgpu.ACC(tile.consumer_shape))
-
-        def multiply_float32(g, steps):
-            # The tensor core truncates each time it adds to its accumulator: over a long k that would cost digits.
-            def step(_, carry):
-                total, g = carry
-                products_sum, g = multiply(g, len(products))
-                return total + products_sum, g
-
-            zeros = plgpu.layout_cast(jnp.zeros(tile.consumer_shape, jnp.float32), plgpu.Layout.WGMMA)
-            return lax.fori_loop(0, steps, step, (zeros, g))
-
-        def tile_body(t, count, g):
-            m0, n0, _ = position(t)
-            steps = pl.cdiv(count, pipeline.BLOCK_K)
-            acc, g = multiply(g, steps) if terms == 1 else multiply_float32(g, steps)
-            m1, n1 = tile.consumer_origin(warpgroup)
-            swrite.store(acc, out_gmem, out_smem.at[warpgroup], m0 + m1, n0 + n1)
-            return g
-
-        each_tile(tile_body, jnp.int32(0))
-        plgpu.wait_smem_to_gmem(0)
-
-
-def _dense_tile(config: Config) -> pipeline.DenseTile:
-    return pipeline.DenseTile(
-        block_m=config.block_m, block_n=config.block_n, stages=config.stages, out_slots=config.out_slots
-    )
+        barriers = {"full": full, "empty": empty}
+        _consume(walk, warpgroup, products, out_gmem, out_smem.at[warpgroup], a_smem, b_smem, barriers)
 
 
 def _split(x: Float[Array, "K cols"]) -> BFloat16[Array, "3*K cols"]:
@@ -183,32 +354,53 @@ def _split(x: Float[Array, "K cols"]) -> BFloat16[Array, "3*K cols"]:
 
 
 def mosaic(
-    a_t: Float[Array, "K M"], b: Float[Array, "K N"], index: MicroTileIndex, config: Config, interpret: bool
+    a_t: Float[Array, "K M"],
+    b: Float[Array, "K N"],
+    index: MicroTileIndex,
+    zero_elsewhere: bool,
+    config: Config,
+    interpret: bool,
 ) -> Float[Array, "M N"]:
     """Launches the kernel; `interpret` runs it on CPU under the race detector."""
     m, n = a_t.shape[1], b.shape[1]
     out_dtype = a_t.dtype
-    # Rows must start on 16 bytes: pad to 8 elements (a copy, only where 8 does not divide M or N).
-    a_t, b = (jnp.pad(x, ((0, 0), (0, -x.shape[1] % 8))) for x in (a_t, b))
-    indices = jnp.pad(index.indices, ((0, 0), (0, -index.indices.shape[1] % 4)))
-    terms = 3 if out_dtype == jnp.float32 else 1
-    if terms > 1:
+    split, uses_tma = out_dtype == jnp.float32, zero_elsewhere or index.cols > 1
+    # Rows must start on 16 bytes and TMA takes whole atoms: pad to 8 or 64 elements (a copy, only where they do not
+    # divide M or N). Terms of a split lie below each other: there TMA must not read past the last k of one.
+    width = 64 if uses_tma else 8
+    pad_k = -a_t.shape[0] % ((max(index.cols, BLOCK_K) if split else 8) if uses_tma else 1)
+    a_t, b = (jnp.pad(x, ((0, pad_k), (0, -x.shape[1] % width))) for x in (a_t, b))
+    indices = jnp.pad(index.indices, ((0, 0), (0, -index.indices.shape[1] % CHUNK)))
+    k = a_t.shape[0]
+    if split:
         a_t, b = _split(a_t), _split(b)
     tile = _dense_tile(config)
-    tiles = pl.cdiv(m, tile.block_m) * pl.cdiv(n, tile.block_n)
+    tiles = pl.cdiv(m, tile.block_m), pl.cdiv(n, tile.block_n)
+    arrivals = tile.block_m // pipeline.PANEL + 1 if uses_tma else 1
+    static = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), index)
     kernel = plgpu.kernel(
-        functools.partial(_gather_matmul_kernel, config=config, rows=index.rows, terms=terms, interpret=interpret),
+        functools.partial(
+            _gather_matmul_kernel,
+            config=config,
+            shape=(m, n, k),
+            index=static,
+            may_be_dense=zero_elsewhere,
+            arrivals=arrivals,
+            interpret=interpret,
+        ),
         # TMA clips at the matrix's end, but only in whole swizzle atoms: the slice below is free where they fit.
         out_type=jax.ShapeDtypeStruct((m + -m % 8, n + -n % swrite.COLUMNS), out_dtype),
-        grid=(min(tiles, 2 if interpret else device.sm_count()),),  # every block has a tile
+        grid=(schedule.blocks(*tiles, most=2 if interpret else device.sm_count()),),  # every block has a tile
         grid_names=("sm",),
         num_threads=pipeline.WARPGROUPS,
         thread_name="warpgroup",
         scratch_types=tile.scratch(a_t.dtype)
+        | pipeline.barriers(tile.stages, arrivals)
         | {
             "out_smem": swrite.scratch(tile, out_dtype),
-            "index_smem": plgpu.SMEM((2, CHUNK), jnp.int32),
-            "staged": plgpu.Barrier(num_arrivals=1, num_barriers=2),
+            # One buffer, since each starts on a kB of its own: a chunk of entries, and the order of the walk.
+            "index_smem": plgpu.SMEM((CHUNK + schedule.MOST_SORTED,), jnp.int32),
+            "ordered": plgpu.Barrier(num_arrivals=1),
         },
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
         interpret=plgpu.InterpretGPUParams(detect_races=True) if interpret else None,
@@ -218,11 +410,11 @@ def mosaic(
 
 
 def _stages(block_m: int, block_n: int, out_slots: int, dtype: jnp.dtype) -> int:
-    """As many stages as shared memory holds beside the output buffers and the index, up to 6."""
+    """As many stages as shared memory holds beside the output buffers and the index, up to 8."""
     tile = pipeline.DenseTile(block_m=block_m, block_n=block_n, stages=1, out_slots=out_slots)
     out_bytes = pipeline.CONSUMERS * out_slots * tile.consumer_shape[0] * swrite.COLUMNS * jnp.dtype(dtype).itemsize
-    left = pipeline.SMEM_BYTES - out_bytes - 2 * CHUNK * 4 - 1024
-    return min(6, left // (pipeline.BLOCK_K * (block_m + block_n) * 2))
+    left = pipeline.SMEM_BYTES - out_bytes - 2048 - 256  # entries and order; barriers
+    return min(8, left // (BLOCK_K * (block_m + block_n) * 2))
 
 
 def _block_ns(block_m: int, dtype: jnp.dtype) -> tuple[int, ...]:
@@ -230,19 +422,27 @@ def _block_ns(block_m: int, dtype: jnp.dtype) -> tuple[int, ...]:
     return (128,) if dtype == jnp.float32 and block_m == 128 else (256, 128)
 
 
-def candidates(a_t, b, index: MicroTileIndex) -> list[Config]:
+def _fits(block_m: int, index: MicroTileIndex) -> bool:
+    return block_m in (64, 128) and (index.rows % block_m == 0 or index.rows == 64)
+
+
+def candidates(a_t, b, index: MicroTileIndex, zero_elsewhere: bool = False) -> list[Config]:
     """Configs worth timing for these arguments (shapes are enough); the heuristic's choice comes first."""
     configs = []
-    for block_m in (x for x in (128, 64) if index.rows % x == 0):
+    for block_m in (x for x in (128, 64) if _fits(x, index)):
         block_ns = [x for x in _block_ns(block_m, a_t.dtype) if x <= max(128, b.shape[1])]
+        block_ns = [x for x in block_ns if index.out_cols is None or index.out_cols % x == 0]
         if 2 * pl.cdiv(a_t.shape[1], block_m) * pl.cdiv(b.shape[1], block_ns[0]) < HOPPER_SMS:
             block_ns.reverse()  # narrow tiles first where wide ones would leave half of the SMs idle
         for block_n in block_ns:
             columns = pipeline.DenseTile(block_m=block_m, block_n=block_n, stages=1, out_slots=1).consumer_shape[1]
             for out_slots in sorted({min(2, columns // swrite.COLUMNS), columns // swrite.COLUMNS}):
                 stages = _stages(block_m, block_n, out_slots, a_t.dtype)
-                shape = {"block_m": block_m, "block_n": block_n, "stages": stages, "out_slots": out_slots}
-                configs += [Config(**shape, group=group) for group in (32, 8)]
+                shape = {"block_m": block_m, "block_n": block_n, "out_slots": out_slots}
+                if stages >= 3:
+                    configs += [
+                        Config(**shape, stages=stages, group=group, longest_first=index.cols > 1) for group in (32, 8)
+                    ]
     return configs
 
 
@@ -250,17 +450,24 @@ def check_support(index: MicroTileIndex, devices: tuple[str, ...] | None) -> Non
     """Raises NotImplementedError where the kernel cannot take this granularity, or the device is none of `devices`."""
     if index.rows % 64 != 0:
         raise NotImplementedError(f"the Mosaic kernel needs rows in multiples of 64; got rows={index.rows}")
+    if index.cols > 1 and index.cols % 64 != 0:
+        raise NotImplementedError(f"the Mosaic kernel needs cols to be 1 or a multiple of 64; got cols={index.cols}")
+    if index.out_cols is not None and index.out_cols % 128 != 0:
+        raise NotImplementedError(
+            f"the Mosaic kernel needs out_cols in multiples of 128; got out_cols={index.out_cols}"
+        )
     if devices is not None:
         device.require_device("gather_matmul", devices)
 
 
 def check_config(config: Config, a_t, index: MicroTileIndex) -> None:
     """Raises ValueError where a config does not fit the kernel or these arguments."""
-    if config.block_m not in (64, 128) or index.rows % config.block_m:
-        raise ValueError(f"block_m must be 64 or 128 and divide rows; got block_m={config.block_m}, rows={index.rows}")
-    if config.block_n not in _block_ns(config.block_m, a_t.dtype):
+    if not _fits(config.block_m, index):
+        rule = "block_m must be 64 or 128 and divide rows (or rows be 64)"
+        raise ValueError(f"{rule}; got block_m={config.block_m}, rows={index.rows}")
+    if config.block_n not in _block_ns(config.block_m, a_t.dtype) or (index.out_cols or 256) % config.block_n:
         rule = f"block_n must be in {_block_ns(config.block_m, a_t.dtype)} for {a_t.dtype}, block_m={config.block_m}"
-        raise ValueError(f"{rule}; got block_n={config.block_n}")
+        raise ValueError(f"{rule} and divide out_cols={index.out_cols}; got block_n={config.block_n}")
     copies = _dense_tile(config).consumer_shape[1] // swrite.COLUMNS
     if config.out_slots < 1 or copies % config.out_slots:
         raise ValueError(f"out_slots must divide the {copies} copies of a consumer; got out_slots={config.out_slots}")
@@ -269,3 +476,5 @@ def check_config(config: Config, a_t, index: MicroTileIndex) -> None:
         raise ValueError(f"stages must be 2 to {most} for this tile; got stages={config.stages}")
     if config.group < 1:
         raise ValueError(f"group must be at least 1; got group={config.group}")
+    if not 0 <= config.dense_from <= 1:
+        raise ValueError(f"dense_from must be in [0, 1]; got dense_from={config.dense_from}")

@@ -1,10 +1,11 @@
 """The dense tile and its pipeline: one producer warpgroup fills stages of shared memory, two consumers multiply them.
 
-    producer:  wait empty[slot] -> SRead into stage slot -> arrive full[slot]
+    producer:  wait empty[slot] -> SRead (gather or TMA) into stage slot -> arrive full[slot]
     consumer:  wait full[slot] -> wgmma on stage slot -> arrive empty[slot] one step later
 
 Stage number g counts on over all tiles of a persistent block, so the producer runs ahead into the next tile while the
-consumers write the last one. Operands of a stage are k-major: A as [block_k, block_m], B as [block_k, block_n].
+consumers write the last one. Operands of a stage are k-major, in panels: A as [block_m / 64, 64, 64], a panel for
+each 64 rows, B as [1, 64, block_n].
 """
 
 import dataclasses
@@ -23,6 +24,7 @@ WARPGROUPS = CONSUMERS + 1
 PRODUCER_REGISTERS, CONSUMER_REGISTERS = 56, 224  # a thread; (56 + 2 * 224) * 128 <= 65536
 SMEM_BYTES = 227 * 1024  # what a Hopper block can have
 BLOCK_K = 64  # k a stage; a transposed wgmma operand takes k in multiples of 64
+PANEL = 64  # columns of a panel of A: the swizzle's atom
 
 
 def swizzled(dtype: DTypeLike) -> tuple[Any, ...]:
@@ -36,7 +38,7 @@ class DenseTile:
     """Shape of the tile that the tensor core sees, and how the two consumers share it.
 
     Attributes:
-        block_m: rows of C, 64 or a multiple of 128.
+        block_m: rows of C, 64 or 128.
         block_n: columns of C, a multiple of 128.
         stages: stages of shared memory, each (block_m + block_n) * 64 elements of 2 bytes.
         out_slots: buffers of 64 columns through which a consumer stores its part.
@@ -58,85 +60,128 @@ class DenseTile:
         return (consumer * m, 0) if self.block_m > 64 else (0, consumer * n)
 
     def scratch(self, dtype: jnp.dtype) -> dict[str, Any]:
-        """Stages of both operands and their barriers, as scratch types of `plgpu.kernel`."""
+        """Stages of both operands, as scratch types of `plgpu.kernel`."""
         return {
-            "a_smem": plgpu.SMEM((self.stages, BLOCK_K, self.block_m), dtype, transforms=swizzled(dtype)),
-            "b_smem": plgpu.SMEM((self.stages, BLOCK_K, self.block_n), dtype, transforms=swizzled(dtype)),
-            "full": plgpu.Barrier(num_arrivals=1, num_barriers=self.stages),
-            "empty": plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=self.stages),
+            "a_smem": plgpu.SMEM(
+                (self.stages, self.block_m // PANEL, BLOCK_K, PANEL), dtype, transforms=swizzled(dtype)
+            ),
+            "b_smem": plgpu.SMEM((self.stages, 1, BLOCK_K, self.block_n), dtype, transforms=swizzled(dtype)),
         }
+
+    def operands(self, consumer: jax.Array, a_smem, b_smem) -> Callable[[jax.Array], tuple[Any, Any]]:
+        """What a consumer multiplies of the stage in a slot."""
+        m0, n0 = self.consumer_origin(consumer)
+        panel, cols = m0 // PANEL, self.consumer_shape[1]
+        return lambda slot: (a_smem.at[slot, panel].transpose((1, 0)), b_smem.at[slot, 0, :, pl.ds(n0, cols)])
+
+
+def barriers(stages: int, arrivals: int) -> dict[str, Any]:
+    """The barriers of a pipeline: `full` takes `arrivals` from the producer, `empty` one from each consumer."""
+    return {
+        "full": plgpu.Barrier(num_arrivals=arrivals, num_barriers=stages),
+        "empty": plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=stages),
+    }
+
+
+Progress = tuple[jax.Array, jax.Array]  # stages begun, and how many of them the consumers were handed
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Producer:
-    """Fills stages whose copies complete in order.
+    """Fills stages, by gathers whose copies complete in order, or by TMA, which hands its stage over itself.
 
-    A stage is handed to the consumers `lag` stages after its copies began. With `stages - 1` they would never end: a
+    A gathered stage is handed over `lag` stages after its copies began. With `stages - 1` they would never end: a
     consumer frees a stage only once it has the next, and that one would be waiting for the freed stage.
+
+    Attributes:
+        stages: how many there are.
+        full, empty: as made by `barriers`.
+        arrivals: of `full` for a stage: one for each TMA copy that may fill it. Where fewer do, the producer makes up
+            for them.
+        gather_arrivals: those a gathered stage lacks when its copies are complete.
+        wait_copies: waits until at most so many gathers are unfinished.
     """
 
-    tile: DenseTile
+    stages: int
     full: Any
     empty: Any
+    arrivals: int
+    gather_arrivals: int
     wait_copies: Callable[[int], None]
 
     @property
     def lag(self) -> int:
-        return self.tile.stages - 2
+        return self.stages - 2
 
-    def fill(self, g: jax.Array, copy: Callable[[jax.Array], None]) -> jax.Array:
-        """Starts the copies of stage number g by `copy(slot)`; hands the stage `lag` before it to the consumers."""
-        stages, lag = self.tile.stages, self.lag
-        slot = lax.rem(g, stages)
-        pl.when(g >= stages)(lambda: plgpu.barrier_wait(self.empty.at[slot]))
-        copy(slot)
-        self.wait_copies(lag)
-        pl.when(g >= lag)(lambda: plgpu.barrier_arrive(self.full.at[lax.rem(g - lag, stages)]))
-        return g + 1
+    def gather(self, progress: Progress, copy: Callable[[jax.Array, Any], None]) -> Progress:
+        """Starts the copies of the next stage by `copy(slot, barrier)`; hands over the stage `lag` before it."""
+        g, handed = progress
+        slot = self._claim(g)
+        copy(slot, self.full.at[slot])
+        self.wait_copies(self.lag)
+        ready = g - self.lag
+        pl.when(ready >= handed)(lambda: self._hand_over(ready))
+        return g + 1, jnp.maximum(handed, ready + 1)
 
-    def drain(self, g: jax.Array) -> None:
-        """Hands over the stages still in flight after the last one, and sees the consumers through them."""
-        stages, lag = self.tile.stages, self.lag
-        self.wait_copies(0)
+    def copy(self, progress: Progress, start: Callable[[jax.Array, Any], int]) -> Progress:
+        """Starts the TMA copies of the next stage by `start(slot, barrier)`, which says how many they are."""
+        g, _ = self.flush(progress)
+        slot = self._claim(g)
+        for _ in range(self.arrivals - start(slot, self.full.at[slot])):
+            plgpu.barrier_arrive(self.full.at[slot])
+        return g + 1, g + 1
 
-        def hand_over(q, _):
-            plgpu.barrier_arrive(self.full.at[lax.rem(q, stages)])
+    def flush(self, progress: Progress) -> Progress:
+        """Hands over the gathered stages that are still in flight."""
+        g, handed = progress
+        pl.when(handed < g)(lambda: self.wait_copies(0))
+        lax.fori_loop(handed, g, lambda q, _: self._hand_over(q), None)
+        return g, g
+
+    def drain(self, progress: Progress) -> None:
+        """Hands over what is left, and sees the consumers through it: a barrier must not outlive its waits."""
+        g, _ = self.flush(progress)
 
         def wait_until_free(q, _):
-            plgpu.barrier_wait(self.empty.at[lax.rem(q, stages)])
+            plgpu.barrier_wait(self.empty.at[lax.rem(q, self.stages)])
 
-        lax.fori_loop(jnp.maximum(g - lag, 0), g, hand_over, None)
-        lax.fori_loop(jnp.maximum(g - stages, 0), g, wait_until_free, None)  # a barrier must not outlive its waits
+        lax.fori_loop(jnp.maximum(g - self.stages, 0), g, wait_until_free, None)
+
+    def _claim(self, g: jax.Array) -> jax.Array:
+        slot = lax.rem(g, self.stages)
+        pl.when(g >= self.stages)(lambda: plgpu.barrier_wait(self.empty.at[slot]))
+        return slot
+
+    def _hand_over(self, g: jax.Array) -> None:
+        for _ in range(self.gather_arrivals):
+            plgpu.barrier_arrive(self.full.at[lax.rem(g, self.stages)])
 
 
-def consume(tile: DenseTile, consumer, g, steps, acc, *, a_smem, b_smem, full, empty):
+def consume(stages: int, g, steps, acc, operands: Callable[[jax.Array], tuple[Any, Any]], *, full, empty):
     """Adds stages g to g + steps to a consumer's accumulator.
 
     Args:
-        tile: the dense tile.
-        consumer: which consumer this warpgroup is.
+        stages: how many there are in the pipeline.
         g: number of the first stage.
         steps: stages of this tile, 0 or more.
-        acc: `plgpu.ACC` of `tile.consumer_shape`.
-        a_smem, b_smem, full, empty: as made by `tile.scratch`.
+        acc: `plgpu.ACC` of the consumer's part of the tile.
+        operands: its parts of A [m, k] and B [k, n] in the stage of a slot.
+        full, empty: as made by `barriers`.
 
     Returns:
         The number of the next tile's first stage.
     """
-    rows, cols = tile.consumer_shape
-    m0, n0 = tile.consumer_origin(consumer)
 
     def step(s, g):
-        slot = lax.rem(g, tile.stages)
+        slot = lax.rem(g, stages)
         plgpu.barrier_wait(full.at[slot])
-        a, b = a_smem.at[slot, :, pl.ds(m0, rows)], b_smem.at[slot, :, pl.ds(n0, cols)]
-        plgpu.wgmma(acc, a.transpose((1, 0)), b)
+        plgpu.wgmma(acc, *operands(slot))
         plgpu.wgmma_wait(1)  # the product before this one is done: its stage is free
-        pl.when(s > 0)(lambda: plgpu.barrier_arrive(empty.at[lax.rem(g - 1, tile.stages)]))
+        pl.when(s > 0)(lambda: plgpu.barrier_arrive(empty.at[lax.rem(g - 1, stages)]))
         return g + 1
 
     g = lax.fori_loop(0, steps, step, g)
     plgpu.wgmma_wait(0)
-    last = lax.rem(g + tile.stages - 1, tile.stages)
+    last = lax.rem(g + stages - 1, stages)
     pl.when(jnp.asarray(steps) > 0)(lambda: plgpu.barrier_arrive(empty.at[last]))
     return g

@@ -18,36 +18,34 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, memref, nvvm
 
-from pallas_kernels.tile.pipeline import BLOCK_K, swizzled
+from pallas_kernels.tile.pipeline import swizzled
 
-LANES = 8  # threads that share a row: 8 x 16 bytes is a line of 128, one row of the swizzle pattern
+LANES = 8  # threads that share a row: 8 x 16 bytes is a line of 128 in global memory
 ROWS_A_PASS = 128 // LANES
 ATOM_BYTES = 8 * 128  # 8 rows x 128 bytes: the swizzle repeats
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Source:
-    """Rows to gather: `gmem[first_row + index, first_col : first_col + cols]` -> `smem` [BLOCK_K, cols].
+    """Rows to gather: `gmem[first_row + index, first_col : first_col + cols]` -> `smem`, panel by panel.
 
     Attributes:
         gmem: matrix of 16-bit elements; its rows are a multiple of 16 bytes.
-        smem: one stage, laid out as `pipeline.swizzled`.
+        smem: one stage, [panels, rows, panel width], laid out as `pipeline.swizzled`.
         first_row: static offset added to every index.
         first_col: scalar, a multiple of 8.
+        cols: a multiple of 64; fills the first panels.
     """
 
     gmem: Any
     smem: Any
     first_row: int
     first_col: jax.Array
-
-    @property
-    def cols(self) -> int:
-        return self.smem.shape[-1]
+    cols: int
 
 
-def gather_rows(sources: tuple[Source, ...], index_smem, count: jax.Array, index_first: jax.Array) -> None:
-    """Starts the copies of one stage: row r of it is row `index_smem[index_first + r]` of each source.
+def gather_rows(sources: tuple[Source, ...], index_smem, count: jax.Array, first: jax.Array) -> None:
+    """Starts the copies of one stage: row r of it is row `index_smem[first + r]` of each source.
 
     Rows from `count` on and columns past a source's width are filled with zeros, whatever the index holds there.
     The copies form one group: `wait_copies` waits for it.
@@ -55,14 +53,15 @@ def gather_rows(sources: tuple[Source, ...], index_smem, count: jax.Array, index
     Args:
         sources: what to gather by this index.
         index_smem: staged indices, int32 [entries].
-        count: valid rows of this stage; BLOCK_K or more means all.
-        index_first: where this stage's entries start in `index_smem`.
+        count: valid rows of this stage; all of them or more means all.
+        first: where this stage's entries start in `index_smem`.
     """
+    rows = sources[0].smem.shape[1]
     scalar = plgpu.Layout.WG_SPLAT
     source_types = tuple((plgpu.RefType(), plgpu.RefType(swizzled(jnp.bfloat16)), scalar) for _ in sources)
 
     @plgpu.inline_mgpu(arg_types=(source_types, plgpu.RefType(), scalar, scalar))
-    def start_copies(ctx, refs, index_smem, count, index_first):
+    def start_copies(ctx, refs, index_smem, count, first):
         del ctx
         i32, i64 = ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(64)
         i8, index_type = ir.IntegerType.get_signless(8), ir.IndexType.get()
@@ -71,7 +70,7 @@ def gather_rows(sources: tuple[Source, ...], index_smem, count: jax.Array, index
             return arith.constant(i32, value)
 
         less = functools.partial(arith.cmpi, arith.CmpIPredicate.slt)
-        count, index_first = count.registers.item(), index_first.registers.item()
+        count, first = count.registers.item(), first.registers.item()
         thread = arith.remui(utils.thread_idx(), const(128))
         lane, row0 = arith.andi(thread, const(LANES - 1)), arith.shrui(thread, const(3))
         row_in_atom = arith.andi(row0, const(7))
@@ -82,7 +81,7 @@ def gather_rows(sources: tuple[Source, ...], index_smem, count: jax.Array, index
         destinations, origins = [], []
         for source, (gmem, smem, first_col) in zip(sources, refs, strict=True):
             offset = arith.addi(arith.muli(row_in_atom, const(128)), swizzled_lane)
-            atom_row = arith.muli(arith.shrui(row0, const(3)), const(source.cols // 64 * ATOM_BYTES))
+            atom_row = arith.muli(arith.shrui(row0, const(3)), const(source.smem.shape[2] // 64 * ATOM_BYTES))
             destinations.append(utils.getelementptr(utils.memref_ptr(smem), [arith.addi(offset, atom_row)], i8))
             column = arith.addi(first_col.registers.item(), arith.muli(lane, const(8)))
             base = llvm.addrspacecast(ir.Type.parse("!llvm.ptr<1>"), utils.memref_ptr(gmem))
@@ -94,11 +93,14 @@ def gather_rows(sources: tuple[Source, ...], index_smem, count: jax.Array, index
             ]
             origins.append((base, inside))
 
-        for p in range(BLOCK_K // ROWS_A_PASS):
+        # All entries first: a load from shared memory does not move above a copy to it, and each would be waited for.
+        gathered = []
+        for p in range(rows // ROWS_A_PASS):
             row = arith.addi(row0, const(p * ROWS_A_PASS))
             listed = less(row, count)
-            entry = memref.load(index_smem, [arith.index_castui(index_type, arith.addi(index_first, row))])
-            entry = arith.extui(i64, arith.select(listed, entry, const(0)))
+            entry = memref.load(index_smem, [arith.index_castui(index_type, arith.addi(first, row))])
+            gathered.append((listed, arith.extui(i64, arith.select(listed, entry, const(0)))))
+        for p, (listed, entry) in enumerate(gathered):
             for source, destination, (base, inside) in zip(sources, destinations, origins, strict=True):
                 row_bytes = source.gmem.shape[1] * 2
                 source_row = arith.addi(entry, arith.constant(i64, source.first_row))
@@ -106,9 +108,11 @@ def gather_rows(sources: tuple[Source, ...], index_smem, count: jax.Array, index
                 for c, in_width in enumerate(inside):
                     valid = listed if in_width is None else arith.andi(listed, in_width)
                     size = arith.select(valid, const(16), const(0))
-                    at = (p * ROWS_A_PASS // 8 * (source.cols // 64) + c) * ATOM_BYTES
+                    panel, column = divmod(c * 64, source.smem.shape[2])
+                    atom = (panel * rows + p * ROWS_A_PASS) // 8
+                    atom = atom * (source.smem.shape[2] // 64) + column // 64
                     nvvm.cp_async_shared_global(
-                        utils.getelementptr(destination, [const(at)], i8),
+                        utils.getelementptr(destination, [const(atom * ATOM_BYTES)], i8),
                         utils.getelementptr(from_row, [arith.constant(i64, c * 128)], i8),
                         16,
                         nvvm.LoadCacheModifierKind.CG,
@@ -117,7 +121,7 @@ def gather_rows(sources: tuple[Source, ...], index_smem, count: jax.Array, index
         nvvm.cp_async_commit_group()
 
     refs = tuple((s.gmem, s.smem, s.first_col) for s in sources)
-    start_copies(refs, index_smem, count, index_first)  # pyright: ignore[reportCallIssue]
+    start_copies(refs, index_smem, count, first)  # pyright: ignore[reportCallIssue]
 
 
 def wait_copies(in_flight: int) -> None:
@@ -132,14 +136,18 @@ def wait_copies(in_flight: int) -> None:
     plgpu.commit_smem()
 
 
-def gather_rows_interpreted(sources: tuple[Source, ...], index_smem, count: jax.Array, index_first: jax.Array) -> None:
+def gather_rows_interpreted(sources: tuple[Source, ...], index_smem, count: jax.Array, first: jax.Array) -> None:
     """`gather_rows` by plain reads and writes, complete on return."""
-    listed = jnp.arange(BLOCK_K) < count
-    entries = jnp.where(listed, index_smem[pl.ds(index_first, BLOCK_K)], 0)
+    length = sources[0].smem.shape[1]
+    listed = jnp.arange(length) < count
+    entries = jnp.where(listed, index_smem[pl.ds(first, length)], 0)
     for source in sources:
         matrix = jnp.pad(source.gmem[...], ((0, 0), (0, -source.gmem.shape[1] % source.cols)))
         columns = lax.dynamic_slice_in_dim(matrix, source.first_col, source.cols, axis=1)
-        source.smem[...] = jnp.where(listed[:, None], columns[source.first_row + entries], 0)
+        rows = jnp.where(listed[:, None], columns[source.first_row + entries], 0)
+        width = source.smem.shape[2]
+        for panel in range(source.cols // width):
+            source.smem[panel] = rows[:, panel * width : (panel + 1) * width]
 
 
 def wait_copies_interpreted(in_flight: int) -> None:

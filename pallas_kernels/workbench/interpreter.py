@@ -21,6 +21,9 @@ import jax
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 
 TIMEOUT_S = 120.0
+# XLA's own variable, read when it starts. Interpreted warpgroups wait for each other within its threads: with one a
+# core, those of a small machine may all be waiting.
+XLA_THREADS = "64"
 RACE = "RACE DETECTED"
 ACCESS = r"(read|write) of .*, (.+)\n  clock: .*\n"  # how the interpreter prints each side of a race
 
