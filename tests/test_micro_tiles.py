@@ -1,10 +1,11 @@
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparsellm.micro_tiles import MicroTile, density, micro_tile_index
+from sparsellm.micro_tiles import MicroTile, density, live_micro_tiles, micro_tile_index
 
 
 def counted_density(values: np.ndarray, rows: int, cols: int) -> float:
@@ -48,6 +49,22 @@ def test_density_agrees_with_the_index_that_the_kernel_walks(rows):
     a = np.random.default_rng(0).normal(size=(256, 50)) * (np.random.default_rng(1).random((256, 50)) < 0.02)
     index = micro_tile_index(jnp.asarray(a.T, jnp.float32), rows=rows)
     assert density(jnp.asarray(a), MicroTile(rows, 1)) == pytest.approx(float(index.counts.sum()) / (256 // rows * 50))
+
+
+def test_live_micro_tiles_of_numpy_stay_on_the_host():
+    """As a plan is chosen while something else is traced."""
+    mask = np.random.default_rng(0).random((37, 9)) < 0.1
+
+    @jax.jit
+    def traced(x):
+        live = live_micro_tiles(mask, MicroTile(16, 5))
+        assert isinstance(live, np.ndarray)
+        return x + live.sum()
+
+    blocks = [[mask[i : i + 16, j : j + 5].any() for j in (0, 5)] for i in (0, 16, 32)]
+    assert np.array_equal(live_micro_tiles(mask, MicroTile(16, 5)), blocks)
+    assert np.array_equal(live_micro_tiles(jnp.asarray(mask), MicroTile(16, 5)), blocks)
+    assert traced(0) == np.sum(blocks)
 
 
 def test_micro_tiles_are_written_rows_x_cols():
