@@ -1,28 +1,40 @@
-"""From which sparsity on is the gathered matmul quicker than the dense one, and how near the bound does it come?
+"""From which sparsity on is a product quicker than the dense one, and how near the bound does it come?
 
-C = A @ B where micro-tiles of A (rows x 1) are zero at random, on a GPU: `gather_matmul` over a given index, finding
-that index from A's values (`micro_tile_index`), and the dense product of cuBLAS, all in the same run.
+C = A @ B where micro-tiles of A are zero, on a GPU: the plan that covers the granularity, over a given index and with
+finding it in A's values inside the timed region, against the dense product of cuBLAS (float32: in TF32), and, where
+torch is installed, cuSPARSE and torch's block-sparse Triton kernel on the same masks. Every row is checked.
 
-    python -m experiments matmul_sparsity --keep        about a minute on an H200
+    python -m experiments matmul_sparsity --keep        3 minutes on an H200
 
-Expected there: at 128x1 quicker than dense from about 15% sparsity on, 5x at 90%, 12x at 99%;
-3.5x and 5x where the index is found anew for each product.
+Expected there, in bfloat16 at 128x1 and random masks: quicker than dense from about 15% sparsity on, 5x at 90%, 12x at
+99%; 3.5x and 5x where the index is found anew for each product. Granularities without a kernel of their own (32x1,
+32x64) are covered by the plan that the cost model picks, dense included.
 """
 
 import dataclasses
 import itertools
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-from jax import lax
+import numpy as np
 
+from experiments import peers, products
+from experiments.masks import Mask
 from experiments.runs import Row, Run, markdown_table
-from pallas_kernels import MicroTileIndex, gather_matmul, micro_tile_index
-from pallas_kernels.case import relative_error, tolerance
-from pallas_kernels.gather_matmul import reference, work
-from pallas_kernels.workbench.gpus import find_gpu
-from pallas_kernels.workbench.timing import Timer, cupti, interleaved_us
+from pallas_kernels.case import tolerance
+from pallas_kernels.workbench.timing import Timer, cupti
+from sparsellm.micro_tiles import MicroTile
+from sparsellm.plan import Plan, choose_plan
+
+# What has a kernel of its own. Anything else is covered by the plan that the cost model expects to be quickest.
+PLANS = {
+    "128x1": Plan("k", MicroTile(128, 1)),
+    "64x1": Plan("k", MicroTile(64, 1)),
+    "1x64": Plan("m", MicroTile(1, 64)),
+    "128x128": Plan("k", MicroTile(128, 128)),
+}
+PEERS = {"dense": "cuBLAS, dense", **peers.NAMES}
+PIT_CLAIMS = {"cusparse": "88.7x"}  # PIT (SOSP'23), its best over cuSPARSE: float32, V100
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,141 +45,210 @@ class Config:
         m: rows of A.
         n: columns of B.
         k: columns of A.
-        dtype: of the operands: bfloat16, float16 or float32.
-        rows: rows of a micro-tile; one table a value.
+        dtypes: of the operands: bfloat16, float16 or float32.
+        granularities: micro-tiles of the masks.
+        masks: how zeros lie: names in `experiments.masks.KINDS`.
         sparsities: shares of micro-tiles that are zero.
         seed: of the operands and the masks.
+        no_peers: leave out what needs torch.
     """
 
     m: int = 4096
     n: int = 4096
     k: int = 4096
-    dtype: str = "bfloat16"
-    rows: tuple[int, ...] = (128, 64)
-    sparsities: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99)
+    dtypes: tuple[str, ...] = ("bfloat16", "float32")
+    granularities: tuple[str, ...] = ("128x1", "64x1", "32x1", "1x64", "32x64", "128x128")
+    masks: tuple[str, ...] = ("random", "clustered")
+    sparsities: tuple[float, ...] = (0.0, 0.5, 0.75, 0.9, 0.95, 0.99)
     seed: int = 0
+    no_peers: bool = False
 
     @classmethod
     def smoke(cls) -> "Config":
         """One small product."""
-        return cls(m=256, n=256, k=256, rows=(128,), sparsities=(0.9,))
+        return cls(
+            m=256, n=256, k=256, dtypes=("bfloat16",), granularities=("128x1",), masks=("random",), sparsities=(0.9,)
+        )
 
 
 def run(config: Config, run: Run) -> list[Row]:
-    """A row for each granularity and sparsity, and a figure."""
-    if not config.rows or not config.sparsities:
-        raise ValueError(f"rows and sparsities must hold something; got {config.rows} and {config.sparsities}")
-    tolerance(config.dtype)
-    if jax.default_backend() != "gpu":
-        raise ValueError(f"matmul_sparsity times kernels on a GPU; this machine has {jax.default_backend()} only")
-    rows = []
-    for tile_rows in config.rows:
-        for sparsity in config.sparsities:
-            rows.append(measure(config, tile_rows, sparsity))
-            print(
-                f"{tile_rows}x1 at {sparsity:.0%}: {rows[-1]['time_us']} us, dense {rows[-1]['dense_us']}", flush=True
-            )
-    _, figures = readme({"rows": rows})
+    """A row for each dtype, mask, granularity and sparsity, and a figure."""
+    products.require_gpu("matmul_sparsity")
+    rows = measure(config)
+    text, figures = readme({"rows": rows})
     for name, content in figures.items():
         run.write(name, content)
-    print(_table(rows))
+    print(text)
     return rows
 
 
-def operands(config: Config, tile_rows: int, sparsity: float) -> tuple[jax.Array, jax.Array]:
-    """A, k-major and zero at a share of its micro-tiles, and B."""
-    key_a, key_b, key_mask = jax.random.split(jax.random.key(config.seed), 3)
-    dtype = jnp.dtype(config.dtype)
-    live = jax.random.uniform(key_mask, (config.k, -(-config.m // tile_rows))) >= sparsity
-    live = jnp.repeat(live, tile_rows, axis=1)[:, : config.m]
-    a_t = jnp.where(live, jax.random.normal(key_a, (config.k, config.m), dtype), 0)
-    return a_t, jax.random.normal(key_b, (config.k, config.n), dtype)
+def measure(config: Config, timer: Timer = cupti) -> list[Row]:
+    """Times and checks every product; peers first, while nothing else of this process is on the GPU.
+
+    Raises:
+        ValueError: an option is empty or holds what it must not.
+        RuntimeError: a result is not that of the reference.
+    """
+    for name in ("dtypes", "granularities", "masks", "sparsities"):
+        if not getattr(config, name):
+            raise ValueError(f"{name} must hold something; got none")
+    for dtype in config.dtypes:
+        tolerance(dtype)
+    tiles = [MicroTile.parse(granularity) for granularity in config.granularities]
+    size = {"m": config.m, "k": config.k, "seed": config.seed}
+    jobs = [
+        peers.Job(mask=Mask(kind=kind, rows=t.rows, cols=t.cols, sparsity=s, **size), n=config.n, dtype=dtype)
+        for dtype, kind, t, s in itertools.product(config.dtypes, config.masks, tiles, config.sparsities)
+    ]
+    of_peers = [{} for _ in jobs] if config.no_peers else peers.measure(jobs)
+    rows = []
+    for job, of_others in zip(jobs, of_peers, strict=True):
+        row = measure_product(job.mask, job.n, job.dtype, timer)
+        rows.append(row | of_others)
+        said = f"{row['time_us']} us, {row['with_index_us']} with finding the index, dense {row['dense_us']}"
+        print(f"{_named(job.mask)}, {job.dtype}, by {row['plan']}: {said}", flush=True)
+    return rows
 
 
-def measure(config: Config, tile_rows: int, sparsity: float, timer: Timer = cupti) -> Row:
-    """Times and checks one product.
+def measure_product(mask: Mask, n: int, dtype: str, timer: Timer) -> Row:
+    """Times and checks one product by the plan that covers the mask's granularity.
 
     Raises:
         RuntimeError: the result is not that of the reference.
     """
-    a_t, b = operands(config, tile_rows, sparsity)
-    index = jax.jit(micro_tile_index, static_argnums=1)(a_t, tile_rows)
-    arrays, static = jax.tree.flatten((a_t, b, index))
-    functions: dict[str, Any] = {
-        "gather": jax.jit(lambda *arrays: gather_matmul(*jax.tree.unflatten(static, arrays))),
-        "index": jax.jit(lambda a_t, *_: micro_tile_index(a_t, tile_rows)),
-        "dense": jax.jit(lambda a_t, b, *_: jnp.dot(a_t.T, b, precision=lax.Precision.HIGHEST)),
-    }
-    outputs, times = interleaved_us(functions, arrays, timer)
-    error = relative_error(outputs["gather"], _reference(a_t, b, index))
-    if error > tolerance(config.dtype):
-        raise RuntimeError(f"{tile_rows}x1 at {sparsity:.0%}: error {error:.1e} is above {tolerance(config.dtype)}")
-    cost, gpu = work(a_t, b, index), find_gpu(jax.devices()[0].device_kind)
+    plan = PLANS.get(mask.granularity) or choose_plan(mask.m, mask.k, n, dtype, sample=mask.elements())
+    a, b = products.operands(mask, n, dtype)
+    arguments = products.prepare(plan, a, b)
+    outputs, times = {}, {}
+    for name, function in products.functions(plan).items():
+        outputs[name], times[name] = products.time_us(function, arguments, timer)
+    error = max(products.checked_error(plan, outputs[name], a, b, _named(mask)) for name in ("product", "with_index"))
+    bound = products.bound_us(mask, n, dtype)
     return {
-        "granularity": f"{tile_rows}x1",
-        "sparsity": sparsity,
-        "mask": "random",
-        "dtype": config.dtype,
-        "m": config.m,
-        "n": config.n,
-        "k": config.k,
-        "time_us": round(times["gather"], 2),
-        "index_us": round(times["index"], 2),
+        "granularity": mask.granularity,
+        "sparsity": mask.sparsity,
+        "mask": mask.kind,
+        "dtype": dtype,
+        "m": mask.m,
+        "n": n,
+        "k": mask.k,
+        "plan": str(plan),
+        "time_us": round(times["product"], 2),
+        "index_us": round(times["index"], 2) if "index" in times else None,
+        "with_index_us": round(times["with_index"], 2),
         "dense_us": round(times["dense"], 2),
-        "bound_us": None if gpu is None else round(gpu.bound_us(cost), 2),
-        "speedup": round(times["dense"] / times["gather"], 3),
-        "tflops": round(cost.flops / times["gather"] / 1e6, 1),
+        "bound_us": None if bound is None else round(bound, 2),
+        "speedup": round(times["dense"] / times["product"], 3),
         "error": error,
     }
 
 
-def _reference(a_t: jax.Array, b: jax.Array, index: MicroTileIndex) -> jax.Array:
-    with jax.default_matmul_precision("highest"):
-        return jax.jit(reference)(a_t.astype(jnp.float32), b.astype(jnp.float32), index)
+def _named(mask: Mask) -> str:
+    return f"{mask.granularity} {mask.kind} at {mask.sparsity:.0%}"
+
+
+def break_even(rows: Iterable[Row], time: str) -> float | None:
+    """The sparsity from which on `time` is below dense; None where it is not at the highest.
+
+    By linear interpolation, save where the slower side ran dense itself: then it is the first that was quicker.
+
+    Args:
+        rows: of one granularity, mask and dtype.
+        time: "time_us" or "with_index_us".
+    """
+    point, quicker = None, 0.0
+    for row in sorted(rows, key=lambda row: -row["sparsity"]):
+        gap = 0.0 if row.get("plan") == "dense" else row[time] - row["dense_us"]
+        if gap >= 0:
+            if point is not None and row.get("plan") != "dense":
+                point += (row["sparsity"] - point) * -quicker / (gap - quicker)
+            return point
+        point, quicker = row["sparsity"], gap
+    return point
+
+
+def margins(rows: Sequence[Row]) -> list[Row]:
+    """How many times quicker than each peer, by dtype, index given and index found in the timed region.
+
+    The peer's time with its index is that of its product and of making its sparse format. Rows without zeros are left
+    out: nobody runs those sparse.
+    """
+    found = []
+    for (peer, name), dtype in itertools.product(PEERS.items(), dict.fromkeys(row["dtype"] for row in rows)):
+        own = [row for row in rows if row["dtype"] == dtype and row["sparsity"] > 0 and row.get(f"{peer}_us")]
+        if not own:
+            continue
+        theirs = [row[f"{peer}_us"] for row in own]
+        with_format = [us + (row.get(f"{peer}_index_us") or 0) for us, row in zip(theirs, own, strict=True)]
+        given = np.array(theirs) / [row["time_us"] for row in own]
+        with_index = np.array(with_format) / [_with_index(row) for row in own]
+        found.append({"peer": peer, "name": name, "dtype": dtype, "given": given, "with_index": with_index})
+    return found
+
+
+def _with_index(row: Row) -> float:
+    return row.get("with_index_us") or row["time_us"] + row["index_us"]  # results before 0.2 hold the sum's parts
 
 
 def readme(result: dict[str, Any]) -> tuple[str, dict[str, bytes]]:
-    """The table, and a figure of time over sparsity."""
+    """Speedups and break-even points, the margins over each peer, and a figure of time over sparsity."""
     from experiments import figures
 
-    rows = result["rows"]
-
-    def plot(axes) -> None:
-        size = "x".join(str(rows[0][name]) for name in ("m", "k", "n"))
-        colours = itertools.cycle((figures.BLUE, figures.ORANGE, figures.GREEN, figures.PINK))
-        for granularity, colour in zip(dict.fromkeys(row["granularity"] for row in rows), colours):  # noqa: B905
-            own = [row for row in rows if row["granularity"] == granularity]
-            sparsities = [100 * row["sparsity"] for row in own]
-            axes.plot(sparsities, [row["time_us"] for row in own], "o-", color=colour, label=f"gathered, {granularity}")
-            if all(row["bound_us"] for row in own):
-                axes.plot(
-                    sparsities, [row["bound_us"] for row in own], ":", color=colour, label=f"bound, {granularity}"
-                )
-        own = [row for row in rows if row["granularity"] == rows[0]["granularity"]]
-        xs, ys = [100 * row["sparsity"] for row in own], [row["dense_us"] for row in own]
-        axes.plot(xs, ys, "--", color=figures.INK, label="dense, cuBLAS")
-        axes.set(title=f"A @ B, {size}, {rows[0]['dtype']}", xlabel="zero micro-tiles of A (%)", ylabel="time (µs)")
-        axes.set_yscale("log")
-        axes.legend()
-
-    return _table(rows), {"matmul_sparsity.png": figures.draw(plot)}
+    rows = [row | {"with_index_us": _with_index(row)} for row in result["rows"]]
+    parts = ["Speedup over dense, index given / found in the same call:", _speedups(rows)]
+    parts += ["How many times quicker than each peer, over all rows that have zeros, least – geometric mean – most:"]
+    parts += [_margins(rows)]
+    return "\n\n".join(parts), {"matmul_sparsity.png": figures.draw(lambda axes: _plot(axes, rows), size=(7.6, 4.4))}
 
 
-def _table(rows: list[Row]) -> str:
-    columns = {
-        "granularity": "granularity",
-        "sparsity": "sparsity",
-        "time_us": "gather_matmul (µs)",
-        "dense_us": "dense (µs)",
-        "bound_us": "bound (µs)",
-        "speedup": "speedup",
-        "index_us": "finding the index (µs)",
-        "speedup_with_index": "speedup with it",
-        "error": "error",
-    }
-    formats = {"sparsity": "{:.0%}", "speedup": "{:.2f}x", "speedup_with_index": "{:.2f}x", "error": "{:.0e}"}
-    rows = [row | {"speedup_with_index": row["dense_us"] / (row["time_us"] + row["index_us"])} for row in rows]
+def _speedups(rows: list[Row]) -> str:
+    sparsities = sorted({row["sparsity"] for row in rows})
+    names = ("dtype", "mask", "granularity")
+    cells = []
+    for group in dict.fromkeys(tuple(row[name] for name in names) for row in rows):
+        own = {row["sparsity"]: row for row in rows if tuple(row[name] for name in names) == group}
+        plans = " or ".join(dict.fromkeys(row["plan"] for row in own.values() if row.get("plan")))
+        speedups = (
+            f"{row['speedup']:.2f} / {row['dense_us'] / row['with_index_us']:.2f}" if (row := own.get(s)) else "–"
+            for s in sparsities
+        )
+        points = [break_even(own.values(), time) for time in ("time_us", "with_index_us")]
+        break_evens = " / ".join("none" if point is None else f"{point:.0%}" for point in points)
+        cells.append([*group, plans or "–", *speedups, break_evens])
+    return markdown_table(cells, [*names, "plan", *(f"{s:.0%}" for s in sparsities), "break-even"])
+
+
+def _margins(rows: list[Row]) -> str:
+    def spread(ratios: np.ndarray) -> str:
+        return f"{ratios.min():.2f} – {np.exp(np.log(ratios).mean()):.2f} – {ratios.max():.1f}"
+
     cells = [
-        ["–" if row[name] is None else formats.get(name, "{}").format(row[name]) for name in columns] for row in rows
+        [found["name"], found["dtype"], spread(found["given"]), spread(found["with_index"])]
+        + [PIT_CLAIMS.get(found["peer"], "–")]
+        for found in margins(rows)
     ]
-    return markdown_table(cells, list(columns.values()))
+    return markdown_table(cells, ["peer", "dtype", "index given", "index found", "PIT, at most"])
+
+
+def _plot(axes, rows: list[Row]) -> None:
+    """The first dtype and mask: each granularity's time, and dense and cuSPARSE, which care for it least."""
+    from experiments import figures
+
+    first = rows[0]
+    shown = [row for row in rows if (row["dtype"], row["mask"]) == (first["dtype"], first["mask"])]
+    granularities = list(dict.fromkeys(row["granularity"] for row in shown))
+
+    def line(granularity: str, column: str, style: str, **options) -> None:
+        own = [row for row in shown if row["granularity"] == granularity and row.get(column)]
+        if own:
+            axes.plot([100 * row["sparsity"] for row in own], [row[column] for row in own], style, **options)
+
+    for colour, granularity in zip(figures.ordered_colours(len(granularities)), granularities, strict=True):
+        line(granularity, "time_us", "o-", color=colour, markersize=4, label=granularity)
+        line(granularity, "bound_us", ":", color=colour, linewidth=1)
+    line(first["granularity"], "dense_us", "--", color=figures.INK, label="dense, cuBLAS")
+    line(first["granularity"], "cusparse_us", "--", color=figures.ORANGE, label="cuSPARSE, CSR")
+    size = "x".join(str(first[name]) for name in ("m", "k", "n"))
+    axes.set(title=f"A @ B, {size}, {first['dtype']}, {first['mask']} zeros", yscale="log")
+    axes.set(xlabel="zero micro-tiles of A (%); dotted: the bound", ylabel="time, index given (µs)")
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
