@@ -8,7 +8,7 @@ torch is installed, cuSPARSE and torch's block-sparse Triton kernel on the same 
 
 Expected there, in bfloat16 at 128x1 and random masks: quicker than dense from about 15% sparsity on, 5x at 90%, 12x at
 99%; 3.5x and 5x where the index is found anew for each product. Granularities without a kernel of their own (32x1,
-32x64) are covered by the plan that the cost model picks, dense included.
+1x64, 32x64) are covered by the plan that the cost model picks, dense included.
 """
 
 import dataclasses
@@ -30,7 +30,6 @@ from sparsellm.plan import Plan, choose_plan
 PLANS = {
     "128x1": Plan("k", MicroTile(128, 1)),
     "64x1": Plan("k", MicroTile(64, 1)),
-    "1x64": Plan("m", MicroTile(1, 64)),
     "128x128": Plan("k", MicroTile(128, 128)),
 }
 PEERS = {"dense": "cuBLAS, dense", **peers.NAMES}
