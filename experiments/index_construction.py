@@ -6,11 +6,12 @@ float32 only), `jnp.nonzero`, both told the number of non-zeros beforehand, and,
 
     python -m experiments index_construction --keep        two minutes on an H200
 
-Expected there, in bfloat16 at 4096 squared: 16 to 18 us whatever the sparsity, about twice the time of reading A once.
+Expected there, in bfloat16 at 4096 squared: 9 to 10 us whatever the sparsity; reading A once takes 7.8.
 """
 
 import dataclasses
 import itertools
+import sys
 from typing import Any
 
 import jax
@@ -132,7 +133,8 @@ def _nonzero_us(a: jax.Array, positions: tuple[np.ndarray, ...], timer: Timer) -
     return time
 
 
-def _csr_us(a: jax.Array, positions: tuple[np.ndarray, ...], timer: Timer) -> float:
+def _csr_us(a: jax.Array, positions: tuple[np.ndarray, ...], timer: Timer) -> float | None:
+    """Its time; None, with a line that says so, where its result is not what is live: a peer has no row then."""
     def convert(a):
         csr = sparse.CSR.fromdense(a, nse=positions[0].size)
         return csr.data, csr.indices, csr.indptr
@@ -140,7 +142,8 @@ def _csr_us(a: jax.Array, positions: tuple[np.ndarray, ...], timer: Timer) -> fl
     (_, cols, starts), time = products.time_us(jax.jit(convert), [a], timer)
     counts = np.bincount(positions[0], minlength=a.shape[0])
     if not (np.array_equal(cols, positions[1]) and np.array_equal(np.diff(starts), counts)):
-        raise RuntimeError("cuSPARSE's dense-to-CSR does not find what is live")
+        print(f"cuSPARSE's dense-to-CSR of {a.dtype} does not find what is live: no time of it", file=sys.stderr)
+        return None
     return time
 
 
