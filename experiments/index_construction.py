@@ -135,6 +135,7 @@ def _nonzero_us(a: jax.Array, positions: tuple[np.ndarray, ...], timer: Timer) -
 
 def _csr_us(a: jax.Array, positions: tuple[np.ndarray, ...], timer: Timer) -> float | None:
     """Its time; None, with a line that says so, where its result is not what is live: a peer has no row then."""
+
     def convert(a):
         csr = sparse.CSR.fromdense(a, nse=positions[0].size)
         return csr.data, csr.indices, csr.indptr

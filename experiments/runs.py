@@ -177,9 +177,11 @@ def _read_json(path: Path) -> Any:
 
 
 def _commit() -> str | None:
-    """Of the checkout; where there is none (a copy on another machine), the environment's SPARSELLM_COMMIT."""
+    """The environment's SPARSELLM_COMMIT, for a copy on another machine; else the checkout's, if it is one."""
+    if commit := os.environ.get("SPARSELLM_COMMIT"):
+        return commit
     command = ["git", "-C", str(RESULTS.parent), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("SPARSELLM_COMMIT")
+        return None
