@@ -242,7 +242,7 @@ class DecoderLayer(nnx.Module):
         h_t = activate(jnp.einsum("td,df->ft", x.reshape(-1, x.shape[-1]), w1) + b1[:, None])
         h_t = jnp.where(mask.reshape(1, -1), h_t, 0)
         self._capture(h_t.T)
-        out = gather_matmul(h_t, w2, micro_tile_index(lax.stop_gradient(h_t), rows=rows))
+        out = gather_matmul(h_t, w2, micro_tile_index(lax.stop_gradient(h_t), rows=rows), zero_elsewhere=True)
         return out.reshape(x.shape) + b2[None, None]
 
     def _capture(self, activation: Float[Array, "tokens d_ff"]) -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from pallas_kernels import MicroTileIndex, gather_matmul, micro_tile_index
 from pallas_kernels.gather_matmul import CASES, Config, candidates, work
-from pallas_kernels.gather_matmul.mosaic import check_config
+from pallas_kernels.gather_matmul.config import check_config
 from pallas_kernels.tile import schedule
 from pallas_kernels.tuning import describe
 from pallas_kernels.workbench.arguments import on_shapes

@@ -44,7 +44,11 @@ def test_xla_path_equals_reference(kernel, case, dtype):
     assert result.status == "ok", result.detail  # the xla path takes every case
 
 
-@pytest.mark.parametrize(("kernel", "case", "dtype"), _cases(MOSAIC, lambda case: case.small))
+# The kernels take both 16-bit types alike: the races of one are those of the other (`check` runs both).
+@pytest.mark.parametrize(
+    ("kernel", "case", "dtype"),
+    [param for param in _cases(MOSAIC, lambda case: case.small) if param.values[2] != "float16"],
+)
 def test_interpreted_kernel_equals_reference_without_races(kernel, case, dtype):
     _passes_or_skips(check_path(kernel, case, dtype, "interpret"))
 

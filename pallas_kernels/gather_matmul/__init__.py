@@ -5,8 +5,9 @@ Layouts: A is given k-major (`a_t` [K, M]) and B as [K, N], so what one k select
 value once), every row of B that some block lists (once), C once, and 4 an index entry.
 
 The Mosaic kernel is the dense tile with a gathering SRead: a persistent block walks tiles of C; its producer warpgroup
-stages 192 index entries at a time (the next ones are under way while these are used, across tiles too) and copies the
-rows they name into swizzled shared memory; two consumer warpgroups run wgmma. Float32 runs as six bfloat16 products
+stages 256 index entries at a time (the next ones are under way while these are used, across tiles too) and copies the
+rows they name into swizzled shared memory, single ones by 16-byte copies, blocks by TMA, or all of them as they lie
+where the lists of a tile are nearly full; two consumer warpgroups run wgmma. Float32 runs as six bfloat16 products
 of three-term splits (BF16x6), since the tensor core's own TF32 keeps 10 bits and takes no k-major A.
 
 Source: PIT (SOSP'23), sections 3.1-3.2 (k is a PIT axis of `mk,kn->mn`; SRead). Splits: Henry, Tang, Heinecke,
@@ -23,7 +24,8 @@ from jaxtyping import Array, Float
 
 from pallas_kernels import tuning
 from pallas_kernels.gather_matmul.cases import CASES, peers, work
-from pallas_kernels.gather_matmul.mosaic import Config, candidates, check_config, check_support, mosaic
+from pallas_kernels.gather_matmul.config import Config, candidates, check_config, check_support
+from pallas_kernels.gather_matmul.mosaic import mosaic
 from pallas_kernels.gather_matmul.reference import reference, xla
 from pallas_kernels.micro_tile_index import MicroTileIndex
 from pallas_kernels.operands import check_implementation, check_index, check_operands, same_path, vary_together
