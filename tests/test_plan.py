@@ -210,7 +210,8 @@ def test_the_choice_is_the_cheapest_of_all(seed, density, block, kind, with_inde
         try:
             times[plan] = expected_us(plan, m, k, n, "float32", live, costs=costs, with_index=with_index)
         except ValueError:
-            assert plan.axis not in {name[0] for name in costs.kernels}  # the device has no such kernel
+            own = [name for name in costs.kernels if name.endswith("float32")]
+            assert plan.axis not in {name[0] for name in own}  # the device has no such kernel
     assert times[chosen] == min(times.values())
 
 
