@@ -81,6 +81,7 @@ def same_path(product: Callable[..., Array], *args, implementation: str | None) 
         return product(*args)
 
 
+@jax.jit  # eagerly, ones_like would copy an operand's sharding, whose rank is not 0
 def vary_together[*Operands](*operands: *Operands) -> tuple[*Operands]:
     """The operands, each varying over all the mesh axes of a shard_map that any of them varies over; else as they are.
 

@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Shaped
 
 from pallas_kernels import MicroTileIndex, gather_matmul, micro_tile_index
 from pallas_kernels.micro_tile_index import compact
+from pallas_kernels.operands import check_implementation
 from pallas_kernels.scatter_matmul import scatter_matmul
 from sparsellm.micro_tiles import MicroTile, live_micro_tiles
 from sparsellm.plan import DENSE, Plan, choose_plan
@@ -45,12 +46,13 @@ def sparse_dot(
     Gradients (reverse mode) are those of `where(mask, a, 0) @ b`, for all of `b` and all that the mask keeps of `a`.
     Without a mask the zeros are found in the values, and what is skipped is not a function of them: a micro-tile of `a`
     that is all zero gets no gradient, as behind a ReLU, while zeros inside a live one do. The dense plan skips nothing.
+    Under shard_map micro-tiles are those of the shard: give a mask where the gradient must not depend on it.
 
     Args:
         a: [..., M, K]; bfloat16, float16, float32, or float8_e4m3fn, which is widened to bfloat16.
         b: [K, N], or [..., K, N] with the leading dimensions of `a`; of the same dtype, once widened.
         mask: bool, of the sparse operand's shape: where it counts, elsewhere it is zero whatever its value. For "both"
-            a pair of masks. None finds the zeros in the values.
+            a pair of masks (of which one may be None). None finds the zeros in the values.
         sparse: which operand: "a", "b" (the transposed problem, in whose terms `plan` is), or "both", in blocks of
             128 x 128: a block of the result takes the k at which its row of `a` and its column of `b` both are live.
         plan: how it runs. None: chosen by `density` where that is given, else k 128x1. None for "both".
@@ -70,6 +72,8 @@ def sparse_dot(
     """
     a, b = _operand("a", a), _operand("b", b)
     masks = _masks(mask, sparse)
+    out_mask = None if out_mask is None else jnp.asarray(out_mask)
+    check_implementation(implementation)
     _check(a, b, masks, sparse, plan, density, out_mask)
     shape = (*a.shape[:-1], b.shape[-1])
     # A shared b serves all rows of a at once; else there is a product for each entry of the leading dimensions.
@@ -136,7 +140,7 @@ def _both_sparse(a, b, mask_a, mask_b, out_mask, implementation: str | None) -> 
     live = live_a[:, None, :] & live_b.T[None]
     if out_mask is not None:
         live &= out_mask[:, :, None]
-    indices, counts = compact(live.reshape(-1, live.shape[2]))
+    indices, counts = compact(live.reshape(live.shape[0] * live.shape[1], live.shape[2]))
     index = MicroTileIndex(indices=indices, counts=counts, rows=BLOCK, cols=BLOCK, out_cols=BLOCK)
     return gather_matmul(a.T, b, index, implementation=implementation)
 
@@ -182,11 +186,14 @@ def _masks(mask: Any, sparse: str) -> tuple[Array | None, Array | None]:
     if sparse == "both":
         if not isinstance(mask, tuple) or len(mask) != 2:
             raise ValueError(f'mask must be a pair of masks where sparse="both"; got {type(mask).__name__}')
-        return jnp.asarray(mask[0]), jnp.asarray(mask[1])
+        mask_a, mask_b = (None if one is None else jnp.asarray(one) for one in mask)
+        return mask_a, mask_b
     return (jnp.asarray(mask), None) if sparse == "a" else (None, jnp.asarray(mask))
 
 
 def _check(a, b, masks, sparse: str, plan: Plan | None, density: float | None, out_mask) -> None:
+    if plan is not None and not isinstance(plan, Plan):
+        raise ValueError(f"plan must be a Plan or None; got plan={plan!r}")
     if a.shape[-1] != b.shape[-2] or (b.ndim > 2 and a.shape[:-2] != b.shape[:-2]):
         rule = "a must be [..., M, K] and b [K, N], or [..., K, N] with the same leading dimensions"
         raise ValueError(f"{rule}; got shapes {a.shape} and {b.shape}")

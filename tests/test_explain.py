@@ -181,3 +181,8 @@ def test_times_on_a_gpu():
         rtol=1e-2,
         atol=1,
     )
+
+
+def test_empty_and_boolean_products_have_their_row():
+    assert "empty" in str(explain(lambda a, b: jax.nn.relu(a) @ b, jnp.zeros((0, 4)), jnp.zeros((4, 5))))
+    assert explain(lambda a, b: a @ b, jnp.ones((3, 4), bool), jnp.zeros((4, 5), bool)).rows

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from pallas_kernels.workbench.gpus import GPUS, lower
 from sparsellm.micro_tiles import MicroTile
-from sparsellm.plan import Plan
+from sparsellm.plan import DENSE, Plan
 from sparsellm.sparse_dot import sparse_dot
 
 PLANS = (
@@ -361,7 +361,7 @@ def test_rows_over_several_devices():
         import jax, jax.numpy as jnp, numpy as np
         from jax.sharding import AxisType, PartitionSpec as P
         from sparsellm.micro_tiles import MicroTile
-        from sparsellm.plan import Plan
+        from sparsellm.plan import DENSE, Plan
         from sparsellm.sparse_dot import sparse_dot
         assert len(jax.devices()) == 4
         mesh = jax.make_mesh((4,), ("rows",), axis_types=(AxisType.Auto,))
@@ -410,3 +410,37 @@ def test_what_is_asked_wrongly(unchecked):
     for match, args, kwargs in wrong:
         with pytest.raises(ValueError, match=match):
             sparse_dot(*args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [{"plan": Plan("k", MicroTile(128, 1))}, {"plan": Plan("m", MicroTile(1, 8))}, {"sparse": "both"}],
+    ids=str,
+)
+def test_eagerly_on_arrays_of_an_explicit_mesh(kwargs):
+    mesh = jax.make_mesh((1,), ("d",), axis_types=(jax.sharding.AxisType.Explicit,))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    a, b = (jax.device_put(x, sharding) for x in (jnp.eye(8), jnp.arange(32.0).reshape(8, 4)))
+    np.testing.assert_array_equal(np.asarray(sparse_dot(a, b, **kwargs)), np.asarray(b))
+
+
+def test_nothing_to_do_where_both_are_sparse_or_little_is_wanted():
+    assert sparse_dot(jnp.ones((4, 0)), jnp.ones((0, 5)), sparse="both").shape == (4, 5)
+    nothing = jnp.zeros((8, 0))
+    for product in (
+        lambda a: sparse_dot(a, nothing, sparse="both"),
+        lambda a: sparse_dot(a, nothing, out_mask=jnp.zeros((1, 0), bool)),
+    ):
+        grad = jax.grad(lambda a, product=product: product(a).sum())(jnp.ones((4, 8)))
+        np.testing.assert_array_equal(np.asarray(grad), np.zeros((4, 8)))
+
+
+def test_arguments_of_another_kind(unchecked):
+    a, b = jnp.ones((4, 4)), jnp.arange(16.0).reshape(4, 4)
+    with pytest.raises(ValueError, match="plan must be a Plan or None; got plan='k 128x1'"):
+        sparse_dot(a, b, plan="k 128x1")  # pyright: ignore
+    with pytest.raises(ValueError, match="implementation must be .*; got 'mosaic'"):
+        sparse_dot(a, b, plan=DENSE, implementation="mosaic")
+    np.testing.assert_array_equal(np.asarray(sparse_dot(a, b, out_mask=[[True]])), np.asarray(a @ b))  # pyright: ignore
+    mask = np.eye(4, dtype=bool)
+    np.testing.assert_array_equal(np.asarray(sparse_dot(a, b, sparse="both", mask=(mask, None))), np.asarray(b))

@@ -637,3 +637,30 @@ def test_opt(getkey):
     hidden, cache = sparsify(model.hidden_states)(tokens, mask=mask, cache=model.init_cache(2, 12))
     expected, expected_cache = model.hidden_states(tokens, mask=mask, cache=model.init_cache(2, 12))
     assert_same((hidden[live], cache), (expected[live], expected_cache))
+
+
+NARROW = {
+    "float8_e4m3fn": (lambda x: x.astype(jnp.float8_e4m3fn).astype(jnp.bfloat16), jnp.bfloat16, 1e-4, 1.0),
+    "reduce_precision": (lambda x: lax.reduce_precision(x, 5, 2), jnp.float32, 1e-7, 1.0),
+    "float16": (lambda x: x * x * jnp.float16(100), jnp.float16, 1e-4, 100.0),
+    "float16, scaled": (lambda x: x * jnp.float16(1e-4), jnp.float16, 1e-4, 1000.0),
+}
+
+
+@pytest.mark.parametrize("name", NARROW)
+def test_numbers_that_underflow_keep_their_gradient(name):
+    """Zeros that a narrow dtype makes of small numbers are not dead, as those of the ReLU before it are."""
+    narrow, dtype, value, weight = NARROW[name]
+
+    def f(x, w):
+        return jnp.sum((narrow(jax.nn.relu(x)) @ w).astype(jnp.float32))
+
+    x, w = jnp.full((4, 4), value, dtype), jnp.full((4, 4), weight, dtype)
+    expected, grad = (np.asarray(jax.grad(g)(x, w), np.float64) for g in (f, sparsify(f)))
+    assert (expected != 0).all()
+    np.testing.assert_allclose(grad, expected, rtol=1e-2)
+
+
+def test_a_plan_of_ones_own_has_no_density():
+    with pytest.raises(ValueError, match="density must be None where action is a Plan"):
+        Rule("", action=Plan("k", MicroTile(128, 1)), density=0.1)

@@ -63,6 +63,8 @@ def _backward(zero_elsewhere, config, implementation, residuals, g):
         grad_a_t = same_path(sampled_matmul, b, g, index, implementation=implementation)
         return grad_a_t, same_path(scatter_matmul, a_t, g, index, implementation=implementation)
 
+    if 0 in (*a_t.shape, b.shape[1]):
+        return jnp.zeros_like(a_t), jnp.zeros_like(b), no_grad
     if index.out_cols is None:
         return *columns_gradients(b, g, index), no_grad
 

@@ -188,9 +188,14 @@ def _compact(mask, length: int, config: Config | None, implementation: str):
     config = config or configs(mask.shape[0], length)[0]
     with jax.enable_x64(False):  # under which a Python integer meets an int32 as one of its kind
         indices, counts = mosaic(mask, length, config, interpret=implementation == "interpret")
-    # Inside of shard_map they vary as the mask does, but a kernel's outputs do not say so by themselves.
+    return _varying_as(mask, indices, counts)
+
+
+@jax.jit  # eagerly, ones_like would copy the mask's sharding, whose rank is not 0
+def _varying_as(mask: Bool[Array, "lists length"], *outputs: Int32[Array, "..."]) -> tuple[Int32[Array, "..."], ...]:
+    """Inside of shard_map these vary as the mask does, but a kernel's outputs do not say so by themselves."""
     one = jnp.ones_like(mask, shape=(), dtype=jnp.int32)
-    return indices * one, counts * one  # which XLA drops
+    return tuple(output * one for output in outputs)  # which XLA drops
 
 
 def _xla(mask: Bool[Array, "lists length"]) -> tuple[Int32[Array, "lists length"], Int32[Array, " lists"]]:

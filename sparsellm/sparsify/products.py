@@ -50,6 +50,8 @@ class Rule:
             raise ValueError(f"path must be a regular expression; got {self.path!r} ({error})") from None
         if self.action not in ("skip", "force", None) and not isinstance(self.action, Plan):
             raise ValueError(f'action must be "skip", "force", a Plan or None; got action={self.action!r}')
+        if isinstance(self.action, Plan) and self.density is not None:
+            raise ValueError(f"density must be None where action is a Plan; got {self.density} and {self.action}")
         if self.density is not None and not 0 <= self.density <= 1:
             raise ValueError(f"density must be 0 to 1; got density={self.density}")
         if self.sparse not in ("a", "b", None):
@@ -236,7 +238,7 @@ def observed_product(
     def observed_dot_general(lhs, rhs):
         a, b = as_matrices(eqn, lhs, rhs)
         seen = b.mT if product.sparse == "b" else a
-        live = jnp.not_equal(seen, 0).reshape(-1, *seen.shape[-2:])
+        live = seen.astype(bool).reshape(math.prod(seen.shape[:-2]), *seen.shape[-2:])
         jax.debug.callback(lambda live: observe(product, live), live)
         return lax.dot_general_p.bind(lhs, rhs, **eqn.params)
 

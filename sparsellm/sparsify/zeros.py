@@ -91,6 +91,9 @@ def join(one: Fact, other: Fact) -> Fact:
     )
 
 
+UNDERFLOWING = {"mul", "div", "integer_pow", "pow", "square"}  # in float16, below 6e-8
+
+
 def propagate(eqn: JaxprEqn, facts: Sequence[Fact], called_at: str = "") -> list[Fact]:
     """The facts of an equation's results from those of its operands; `called_at` is the line that calls its body."""
     name = eqn.primitive.name
@@ -98,6 +101,8 @@ def propagate(eqn: JaxprEqn, facts: Sequence[Fact], called_at: str = "") -> list
         return list(facts)
     rule = _RULES.get(name) or (_first_operand if name in ZERO_TO_ZERO else None)
     fact = (_moved if name in MOVES else rule or _nothing)(eqn, facts) or Fact(made_by=eqn)
+    if fact.dead and _underflows(eqn, facts):
+        fact = dataclasses.replace(fact, dead=False)
     if fact.made_by is eqn:
         fact = dataclasses.replace(fact, called_at=called_at)
     return [fact] * len(eqn.outvars)
@@ -122,9 +127,19 @@ def _makes_mask(eqn: JaxprEqn) -> bool:
 def _moved(eqn: JaxprEqn, facts: Sequence[Fact]) -> Fact:
     if _makes_mask(eqn):
         return Fact(zeros=True, dead=True, made_by=eqn)
-    if eqn.outvars[0].aval.dtype == jnp.float16:  # pyright: ignore
-        return dataclasses.replace(facts[0], dead=False)  # small numbers of a wider dtype are zero here
+    before, after = (x.aval.dtype for x in (eqn.invars[0], eqn.outvars[0]))  # pyright: ignore
+    if jnp.issubdtype(before, jnp.floating) and jnp.issubdtype(after, jnp.floating):
+        exponent_bits = eqn.params.get("exponent_bits", jnp.finfo(after).nexp)
+        if exponent_bits < jnp.finfo(before).nexp:  # small numbers become zeros that want their gradient
+            return dataclasses.replace(facts[0], dead=False)
     return facts[0]
+
+
+def _underflows(eqn: JaxprEqn, facts: Sequence[Fact]) -> bool:
+    """Whether an operation on float16 may turn small numbers into zeros; a factor that is a 0/1 mask does not."""
+    if eqn.primitive.name not in UNDERFLOWING or eqn.outvars[0].aval.dtype != jnp.float16:  # pyright: ignore
+        return False
+    return not any(fact.made_by is not None and _makes_mask(fact.made_by) for fact in facts)
 
 
 def _kept(fact: Fact, *with_it: Fact) -> Fact | None:
