@@ -34,7 +34,8 @@ from jaxtyping import Array, BFloat16, Float
 
 from pallas_kernels.gather_matmul.config import Config, dense_tile
 from pallas_kernels.micro_tile_index import MicroTileIndex
-from pallas_kernels.tile import device, pipeline, schedule, sread, swrite
+from pallas_kernels.tile import device, gathered, pipeline, schedule, sread, swrite
+from pallas_kernels.tile.gathered import Gathered
 from pallas_kernels.tile.pipeline import BLOCK_K
 
 CHUNK = 256  # index entries staged at a time
@@ -126,7 +127,7 @@ def _produce(
     gather_rows = sread.gather_rows_interpreted if interpret else sread.gather_rows
     config, cols, parts, k = walk.config, walk.index.cols, walk.lists_a_tile, walk.shape[2]
 
-    def copy_tile(progress, k0, m0, n0, block_m):
+    def copy_tile(g, k0, m0, n0, block_m):
         """The contiguous rows k0 to k0 + BLOCK_K, by TMA."""
         for a_term, b_term in products:
 
@@ -140,10 +141,10 @@ def _produce(
                 plgpu.copy_gmem_to_smem(b_tile, b_smem.at[slot, 0], barrier)
                 return block_m // pipeline.PANEL + 1
 
-            progress = producer.copy(progress, start)
-        return progress
+            g = producer.copy(g, start)
+        return g
 
-    def gather_stage(progress, entries_smem, first, left, m0, n0, block_m):
+    def gather_stage(g, entries_smem, first, left, m0, n0, block_m):
         """The rows that entries `first` to `first + BLOCK_K` name, of which `left` count."""
         for a_term, b_term in products:
 
@@ -153,9 +154,10 @@ def _produce(
                     gmem=b_gmem, smem=b_smem.at[slot], first_row=b_term * k, first_col=n0, cols=config.block_n
                 )
                 gather_rows((a, b), entries_smem, left, first)
+                return 0
 
-            progress = producer.gather(progress, copy)
-        return progress
+            g = producer.gather(g, copy)
+        return g
 
     def list_number(t, part):
         """The list of a part of the t-th tile; any that there is where there is none."""
@@ -173,7 +175,7 @@ def _produce(
         chunks = jnp.maximum(pl.cdiv(count, CHUNK), 1)  # an empty list has a chunk too: one rule for what is next
 
         def chunk_body(chunk, carry):
-            progress, entries = carry
+            g, entries = carry
             last = chunk == chunks - 1
             next_t, next_part = (t, part + 1) if part + 1 < parts else (t + 1, 0)
             entries_smem[...] = entries
@@ -183,20 +185,20 @@ def _produce(
             left = jnp.clip(count - chunk * CHUNK, 0, CHUNK)
             if cols == 1:
 
-                def step(s, progress):
+                def step(s, g):
                     first = s * BLOCK_K
-                    return gather_stage(progress, entries_smem, first, left - first, m0, n0, block_m)
+                    return gather_stage(g, entries_smem, first, left - first, m0, n0, block_m)
 
-                return lax.fori_loop(0, pl.cdiv(left, BLOCK_K), step, progress), next_entries
+                return lax.fori_loop(0, pl.cdiv(left, BLOCK_K), step, g), next_entries
 
-            def block_step(s, progress):
+            def block_step(s, g):
                 entry, inner = lax.div(s, cols // BLOCK_K), lax.rem(s, cols // BLOCK_K)
                 k0 = entries_smem[entry] * cols + inner * BLOCK_K
-                return copy_tile(progress, k0, m0, n0, block_m)
+                return copy_tile(g, k0, m0, n0, block_m)
 
-            progress = lax.fori_loop(0, left * (cols // BLOCK_K), block_step, progress)
+            g = lax.fori_loop(0, left * (cols // BLOCK_K), block_step, g)
             plgpu.commit_smem()  # every thread has read its entries: the slot may be staged anew
-            return progress, next_entries
+            return g, next_entries
 
         return lax.fori_loop(0, chunks, chunk_body, carry)
 
@@ -204,15 +206,15 @@ def _produce(
         if walk.may_be_dense:
             m0, n0 = walk.position(t)
             steps = jnp.where(dense, pl.cdiv(k, BLOCK_K), 0)
-            copy_step = lambda s, progress: copy_tile(progress, s * BLOCK_K, m0, n0, config.block_m)  # noqa: E731
+            copy_step = lambda s, g: copy_tile(g, s * BLOCK_K, m0, n0, config.block_m)  # noqa: E731
             carry = lax.fori_loop(0, steps, copy_step, carry[0]), carry[1]
         for part, count in enumerate(counts):
             carry = list_body(t, part, count, carry)
         return carry
 
     first_entries = load_entries(list_number(jnp.int32(0), 0), 0)
-    progress, _ = walk.each_tile(tile_body, ((jnp.int32(0), jnp.int32(0)), first_entries))
-    producer.drain(progress)
+    g, _ = walk.each_tile(tile_body, (jnp.int32(0), first_entries))
+    producer.drain(g)
 
 
 def _consume(walk: _Walk, consumer, products, out_gmem, out_smem, a_smem, b_smem, barriers: dict[str, Any]):
@@ -270,13 +272,18 @@ def _consume(walk: _Walk, consumer, products, out_gmem, out_smem, a_smem, b_smem
 
 
 def _gather_matmul_kernel(
-    a_gmem, b_gmem, indices_gmem, counts_gmem, out_gmem, *, a_smem, b_smem, full, empty, out_smem, index_smem,
-    ordered, config: Config, shape: tuple[int, int, int], index: MicroTileIndex, may_be_dense: bool,
+    a_gmem, b_gmem, indices_gmem, counts_gmem, out_gmem, *, a_smem, b_smem, full, empty, arrived, out_smem,
+    index_smem, ordered, config: Config, shape: tuple[int, int, int], index: MicroTileIndex, may_be_dense: bool,
     arrivals: int, interpret: bool,
 ):  # fmt: skip
     """The body: tiles of C over persistent blocks, SRead by index, SWrite in place."""
     products = SPLIT_PRODUCTS if a_gmem.shape[0] > shape[2] else ((0, 0),)
     warpgroup = lax.axis_index("warpgroup")
+    if index.cols == 1:
+        words = index_smem.at[pl.ds(CHUNK + schedule.MOST_SORTED, gathered.words(config.stages))]
+        arrived = Gathered(memory=words, interpreted=arrived if interpret else None, stages=config.stages)
+    else:
+        arrived = None
     walk = _Walk(
         config=config, shape=shape, index=index, counts_gmem=counts_gmem, order_smem=None, may_be_dense=may_be_dense
     )
@@ -295,18 +302,18 @@ def _gather_matmul_kernel(
     @pl.when(warpgroup == pipeline.CONSUMERS)
     def _producer():
         plgpu.set_max_registers(pipeline.PRODUCER_REGISTERS, action="decrease")
-        wait_copies = sread.wait_copies_interpreted if interpret else sread.wait_copies
+        if arrived is not None:
+            arrived.begin()
         producer = pipeline.Producer(
-            stages=config.stages, full=full, empty=empty, arrivals=arrivals, gather_arrivals=arrivals,
-            wait_copies=wait_copies,
-        )  # fmt: skip
+            stages=config.stages, full=full, empty=empty, arrivals=arrivals, gathered=arrived
+        )
         smem = a_smem, b_smem, index_smem.at[pl.ds(0, CHUNK)]
         _produce(walk, producer, products, a_gmem, b_gmem, indices_gmem, *smem, interpret=interpret)
 
     @pl.when(warpgroup < pipeline.CONSUMERS)
     def _consumer():
         plgpu.set_max_registers(pipeline.CONSUMER_REGISTERS, action="increase")
-        barriers = {"full": full, "empty": empty}
+        barriers = {"full": full, "empty": empty, "gathered": arrived}
         _consume(walk, warpgroup, products, out_gmem, out_smem.at[warpgroup], a_smem, b_smem, barriers)
 
 
@@ -369,9 +376,10 @@ def mosaic(
         scratch_types=tile.scratch(a_t.dtype)
         | pipeline.barriers(tile.stages, arrivals)
         | {
+            "arrived": plgpu.Barrier(num_arrivals=1, num_barriers=tile.stages),  # of the interpreter
             "out_smem": swrite.scratch(tile, out_dtype),
-            # One buffer, since each starts on a kB of its own: a chunk of entries, and the order of the walk.
-            "index_smem": plgpu.SMEM((CHUNK + schedule.MOST_SORTED,), jnp.int32),
+            # One buffer, since each starts on a kB of its own: a chunk of entries, the order of the walk, and barriers.
+            "index_smem": plgpu.SMEM((CHUNK + schedule.MOST_SORTED + gathered.words(tile.stages),), jnp.int32),
             "ordered": plgpu.Barrier(num_arrivals=1),
         },
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),

@@ -18,7 +18,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels.tile import device, pipeline, sread, swrite
+from pallas_kernels.tile import device, gathered, pipeline, sread, swrite
+from pallas_kernels.tile.gathered import Gathered
 from pallas_kernels.tile.pipeline import BLOCK_K
 
 BLOCK_ROWS = 128  # rows of a tile: 64 for each consumer
@@ -82,14 +83,14 @@ def _produce(geometry: Geometry, producer, a_gmem, b_gmem, indices_gmem, counts_
         entries = indices_gmem.at[list_number, pl.ds(first, BLOCK_ROWS)]
         plgpu.copy_gmem_to_smem(entries, entries_smem.at[slot], staged.at[slot])
 
-    def tile_body(t, progress):
+    def tile_body(t, g):
         list_number, first, n0 = geometry.position(t)
         slot = lax.rem(t, 2)
         pl.when(t + 1 < own_tiles)(lambda: stage_entries(t + 1, 1 - slot))
         plgpu.barrier_wait(staged.at[slot])
         left = counts_gmem[list_number] - first
 
-        def step(s, progress):
+        def step(s, g):
             k0 = s * BLOCK_K
 
             def copy(stage, barrier):
@@ -98,13 +99,16 @@ def _produce(geometry: Geometry, producer, a_gmem, b_gmem, indices_gmem, counts_
                 plgpu.copy_gmem_to_smem(b_tile, b_smem.at[stage], barrier)
                 rows = sread.Source(gmem=a_gmem, smem=a_smem.at[stage], first_row=0, first_col=k0, cols=BLOCK_K)
                 gather_rows((rows,), entries_smem.at[slot], left, jnp.int32(0))
+                return 1
 
-            return producer.gather(progress, copy)
+            return producer.gather(g, copy)
 
-        return lax.fori_loop(0, _steps(geometry, left), step, progress)
+        g = lax.fori_loop(0, _steps(geometry, left), step, g)
+        plgpu.commit_smem()  # every thread has read its entries: the slot may be staged anew
+        return g
 
     pl.when(own_tiles > 0)(lambda: stage_entries(jnp.int32(0), 0))
-    producer.drain(lax.fori_loop(0, own_tiles, tile_body, (jnp.int32(0), jnp.int32(0))))
+    producer.drain(lax.fori_loop(0, own_tiles, tile_body, jnp.int32(0)))
 
 
 def _steps(geometry: Geometry, left: jax.Array) -> jax.Array:
@@ -140,24 +144,24 @@ def _consume(geometry: Geometry, consumer, indices_gmem, counts_gmem, out_gmem, 
 
 def _listed_rows_kernel(
     a_gmem, b_gmem, indices_gmem, counts_gmem, out_gmem, *, a_smem, b_smem, out_smem, entries_smem, staged, full,
-    empty, geometry: Geometry, interpret: bool,
+    empty, arrived, geometry: Geometry, interpret: bool,
 ):  # fmt: skip
     warpgroup = lax.axis_index("warpgroup")
+    words = entries_smem.at[2, pl.ds(0, gathered.words(geometry.stages))]
+    arrived = Gathered(memory=words, interpreted=arrived if interpret else None, stages=geometry.stages)
 
     @pl.when(warpgroup == pipeline.CONSUMERS)
     def _producer():
         plgpu.set_max_registers(pipeline.PRODUCER_REGISTERS, action="decrease")
-        wait_copies = sread.wait_copies_interpreted if interpret else sread.wait_copies
-        producer = pipeline.Producer(
-            stages=geometry.stages, full=full, empty=empty, arrivals=2, gather_arrivals=1, wait_copies=wait_copies
-        )
+        arrived.begin()
+        producer = pipeline.Producer(stages=geometry.stages, full=full, empty=empty, arrivals=1, gathered=arrived)
         smem = a_smem, b_smem, entries_smem, staged
         _produce(geometry, producer, a_gmem, b_gmem, indices_gmem, counts_gmem, smem, interpret=interpret)
 
     @pl.when(warpgroup < pipeline.CONSUMERS)
     def _consumer():
         plgpu.set_max_registers(pipeline.CONSUMER_REGISTERS, action="increase")
-        smem, barriers = (a_smem, b_smem, out_smem.at[warpgroup]), {"full": full, "empty": empty}
+        smem, barriers = (a_smem, b_smem, out_smem.at[warpgroup]), {"full": full, "empty": empty, "gathered": arrived}
         _consume(geometry, warpgroup, indices_gmem, counts_gmem, out_gmem, smem, barriers, interpret=interpret)
 
 
@@ -200,10 +204,11 @@ def listed_rows_matmul(
             "a_smem": smem((geometry.stages, 1, BLOCK_ROWS, BLOCK_K)),
             "b_smem": smem((geometry.stages, *tile_b)),
             "out_smem": smem((pipeline.CONSUMERS, swrite.SCATTER_SLOTS, 64, swrite.COLUMNS)),
-            "entries_smem": plgpu.SMEM((2, BLOCK_ROWS), jnp.int32),
+            "entries_smem": plgpu.SMEM((3, BLOCK_ROWS), jnp.int32),
             "staged": plgpu.Barrier(num_arrivals=1, num_barriers=2),
         }
-        | pipeline.barriers(geometry.stages, arrivals=2),
+        | pipeline.barriers(geometry.stages, arrivals=1)
+        | {"arrived": plgpu.Barrier(num_arrivals=1, num_barriers=geometry.stages)},  # of the interpreter
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
         interpret=plgpu.InterpretGPUParams(detect_races=True) if interpret else None,
         kernel_name=name,

@@ -1,7 +1,7 @@
 """The dense tile and its pipeline: one producer warpgroup fills stages of shared memory, two consumers multiply them.
 
-    producer:  wait empty[slot] -> SRead (gather or TMA) into stage slot -> arrive full[slot]
-    consumer:  wait full[slot] -> wgmma on stage slot -> arrive empty[slot] one step later
+    producer:  wait empty[slot] -> begin SRead (gather or TMA) into stage slot, whose copies arrive when complete
+    consumer:  wait full[slot], gathered[slot] -> wgmma on stage slot -> arrive empty[slot] one step later
 
 Stage number g counts on over all tiles of a persistent block, so the producer runs ahead into the next tile while the
 consumers write the last one. Operands of a stage are k-major, in panels: A as [block_m / 64, 64, 64], a panel for
@@ -18,6 +18,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
+
+from pallas_kernels.tile.gathered import Gathered
 
 CONSUMERS = 2  # warpgroups that multiply; the warpgroup after them is the producer
 WARPGROUPS = CONSUMERS + 1
@@ -83,81 +85,54 @@ def barriers(stages: int, arrivals: int) -> dict[str, Any]:
     }
 
 
-Progress = tuple[jax.Array, jax.Array]  # stages begun, and how many of them the consumers were handed
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Producer:
-    """Fills stages, by gathers whose copies complete in order, or by TMA, which hands its stage over itself.
-
-    A gathered stage is handed over `lag` stages after its copies began. With `stages - 1` they would never end: a
-    consumer frees a stage only once it has the next, and that one would be waiting for the freed stage.
+    """Fills stages, each by TMA copies, by gathers, or by both.
 
     Attributes:
         stages: how many there are.
         full, empty: as made by `barriers`.
         arrivals: of `full` for a stage: one for each TMA copy that may fill it. Where fewer do, the producer makes up
             for them.
-        gather_arrivals: those a gathered stage lacks when its copies are complete.
-        wait_copies: waits until at most so many gathers are unfinished.
+        gathered: tells consumers that the gathers of a stage are complete; None where nothing is gathered.
     """
 
     stages: int
     full: Any
     empty: Any
     arrivals: int
-    gather_arrivals: int
-    wait_copies: Callable[[int], None]
+    gathered: Gathered | None = None
 
-    @property
-    def lag(self) -> int:
-        return self.stages - 2
+    def copy(self, g: jax.Array, start: Callable[[jax.Array, Any], int]) -> jax.Array:
+        """Fills stage g by TMA copies, by `start(slot, barrier)`, which says how many they are; the next stage."""
+        return self._fill(g, start, lambda gathered, slot: gathered.arrive(slot))
 
-    def gather(self, progress: Progress, copy: Callable[[jax.Array, Any], None]) -> Progress:
-        """Starts the copies of the next stage by `copy(slot, barrier)`; hands over the stage `lag` before it."""
-        g, handed = progress
-        slot = self._claim(g)
-        copy(slot, self.full.at[slot])
-        self.wait_copies(self.lag)
-        ready = g - self.lag
-        pl.when(ready >= handed)(lambda: self._hand_over(ready))
-        return g + 1, jnp.maximum(handed, ready + 1)
+    def gather(self, g: jax.Array, start: Callable[[jax.Array, Any], int]) -> jax.Array:
+        """`copy` where `start` begins gathers too."""
+        return self._fill(g, start, lambda gathered, slot: gathered.arrive_when_complete(slot))
 
-    def copy(self, progress: Progress, start: Callable[[jax.Array, Any], int]) -> Progress:
-        """Starts the TMA copies of the next stage by `start(slot, barrier)`, which says how many they are."""
-        g, _ = self.flush(progress)
-        slot = self._claim(g)
-        for _ in range(self.arrivals - start(slot, self.full.at[slot])):
+    def _fill(self, g, start, arrive) -> jax.Array:
+        slot = lax.rem(g, self.stages)
+        pl.when(g >= self.stages)(lambda: plgpu.barrier_wait(self.empty.at[slot]))
+        copies = start(slot, self.full.at[slot])
+        for _ in range(self.arrivals - copies):
             plgpu.barrier_arrive(self.full.at[slot])
-        return g + 1, g + 1
+        if self.gathered is not None:
+            arrive(self.gathered, slot)
+        return g + 1
 
-    def flush(self, progress: Progress) -> Progress:
-        """Hands over the gathered stages that are still in flight."""
-        g, handed = progress
-        pl.when(handed < g)(lambda: self.wait_copies(0))
-        lax.fori_loop(handed, g, lambda q, _: self._hand_over(q), None)
-        return g, g
-
-    def drain(self, progress: Progress) -> None:
-        """Hands over what is left, and sees the consumers through it: a barrier must not outlive its waits."""
-        g, _ = self.flush(progress)
+    def drain(self, g: jax.Array) -> None:
+        """Sees the consumers through the last stages: a barrier must not outlive its waits."""
 
         def wait_until_free(q, _):
             plgpu.barrier_wait(self.empty.at[lax.rem(q, self.stages)])
 
         lax.fori_loop(jnp.maximum(g - self.stages, 0), g, wait_until_free, None)
 
-    def _claim(self, g: jax.Array) -> jax.Array:
-        slot = lax.rem(g, self.stages)
-        pl.when(g >= self.stages)(lambda: plgpu.barrier_wait(self.empty.at[slot]))
-        return slot
 
-    def _hand_over(self, g: jax.Array) -> None:
-        for _ in range(self.gather_arrivals):
-            plgpu.barrier_arrive(self.full.at[lax.rem(g, self.stages)])
-
-
-def consume(stages: int, g, steps, acc, operands: Callable[[jax.Array], tuple[Any, Any]], *, full, empty):
+def consume(
+    stages: int, g, steps, acc, operands: Callable[[jax.Array], tuple[Any, Any]], *, full, empty, gathered=None
+):
     """Adds stages g to g + steps to a consumer's accumulator.
 
     Args:
@@ -167,6 +142,7 @@ def consume(stages: int, g, steps, acc, operands: Callable[[jax.Array], tuple[An
         acc: `plgpu.ACC` of the consumer's part of the tile.
         operands: its parts of A [m, k] and B [k, n] in the stage of a slot.
         full, empty: as made by `barriers`.
+        gathered: as the producer's.
 
     Returns:
         The number of the next tile's first stage.
@@ -175,6 +151,8 @@ def consume(stages: int, g, steps, acc, operands: Callable[[jax.Array], tuple[An
     def step(s, g):
         slot = lax.rem(g, stages)
         plgpu.barrier_wait(full.at[slot])
+        if gathered is not None:
+            gathered.wait(g)
         plgpu.wgmma(acc, *operands(slot))
         plgpu.wgmma_wait(1)  # the product before this one is done: its stage is free
         pl.when(s > 0)(lambda: plgpu.barrier_arrive(empty.at[lax.rem(g - 1, stages)]))

@@ -118,22 +118,9 @@ def gather_rows(sources: tuple[Source, ...], index_smem, count: jax.Array, first
                         nvvm.LoadCacheModifierKind.CG,
                         cp_size=size,
                     )
-        nvvm.cp_async_commit_group()
 
     refs = tuple((s.gmem, s.smem, s.first_col) for s in sources)
     start_copies(refs, index_smem, count, first)  # pyright: ignore[reportCallIssue]
-
-
-def wait_copies(in_flight: int) -> None:
-    """Waits until at most `in_flight` groups of copies are unfinished, and shows the others to the whole warpgroup."""
-
-    @plgpu.inline_mgpu()
-    def wait(ctx):
-        del ctx
-        nvvm.cp_async_wait_group(in_flight)
-
-    wait()  # pyright: ignore[reportCallIssue]
-    plgpu.commit_smem()
 
 
 def gather_rows_interpreted(sources: tuple[Source, ...], index_smem, count: jax.Array, first: jax.Array) -> None:
@@ -148,9 +135,3 @@ def gather_rows_interpreted(sources: tuple[Source, ...], index_smem, count: jax.
         width = source.smem.shape[2]
         for panel in range(source.cols // width):
             source.smem[panel] = rows[:, panel * width : (panel + 1) * width]
-
-
-def wait_copies_interpreted(in_flight: int) -> None:
-    """`wait_copies` where there is nothing to wait for."""
-    del in_flight
-    plgpu.commit_smem()
