@@ -5,20 +5,21 @@ no dropout. Source: Zhang et al., "OPT: Open Pre-trained Transformer Language Mo
 """
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from flax.core.spmd import get_logical_axis_rules
-from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels import gather_matmul, micro_tile_index
+from models.attention import KVCache, attend, place_tokens, write_slots
+from models.config import check_dtypes, check_sizes
+from models.layers import embed, linear
+from pallas_kernels import gather_matmul, relu_matmul
 from pallas_kernels.micro_tile_index import ROWS
+from sparsellm.sharding import sharded
 
 ACTIVATIONS = {"relu": jax.nn.relu, "gelu": jax.nn.gelu, "silu": jax.nn.silu}
-DTYPES = ("bfloat16", "float16", "float32")
 POSITION_OFFSET = 2  # the first two rows of the position table are padding's
 
 
@@ -58,17 +59,13 @@ class OPTConfig:
     init_std: float = 0.006
 
     def __post_init__(self):
-        for name in ("vocab_size", "layers", "d_model", "heads", "d_ff", "max_length", "embed_dim"):
-            size = getattr(self, name)
-            if not (isinstance(size, int) and size >= 1) and (name, size) != ("embed_dim", None):
-                raise ValueError(f"{name} must be an integer of at least 1; got {name}={size!r}")
+        sizes = ("vocab_size", "layers", "d_model", "heads", "d_ff", "max_length")
+        check_sizes(self, *sizes, *(() if self.embed_dim is None else ("embed_dim",)))
         if self.d_model % self.heads:
             raise ValueError(f"heads must divide d_model; got heads={self.heads}, d_model={self.d_model}")
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}; got {self.activation!r}")
-        for name in ("dtype", "param_dtype"):
-            if getattr(self, name) not in DTYPES:
-                raise ValueError(f"{name} must be one of {', '.join(DTYPES)}; got {getattr(self, name)!r}")
+        check_dtypes(self)
         if self.sparse_rows is not None and self.sparse_rows not in ROWS:
             raise ValueError(f"sparse_rows must be None or one of {ROWS}; got sparse_rows={self.sparse_rows}")
         if self.sparse_rows is not None and self.activation != "relu":
@@ -99,49 +96,9 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-class KVCache(NamedTuple):
-    """Keys and values of the tokens so far, one array a layer, and which of its slots hold real tokens."""
-
-    keys: tuple[Float[Array, "batch slots heads head_dim"], ...]
-    values: tuple[Float[Array, "batch slots heads head_dim"], ...]
-    mask: Bool[Array, "batch slots"]
-    filled: Int[Array, ""]  # slots in use, the same for the whole batch
-
-
-def _sharded(*axes: str) -> dict[str, Any]:
-    # Inside sparsellm.sharding.create_model each parameter is cut as it is made; elsewhere its names only wait.
-    return {"out_sharding": axes, "eager_sharding": bool(get_logical_axis_rules())}
-
-
-def _linear(config: OPTConfig, in_out: tuple[int, int], axes: tuple[str, str], *, rngs, std=None, bias=True):
-    return nnx.Linear(
-        *in_out,
-        use_bias=bias,
-        dtype=jnp.dtype(config.dtype),
-        param_dtype=jnp.dtype(config.param_dtype),
-        kernel_init=nnx.initializers.normal(std or config.init_std),
-        kernel_metadata=_sharded(*axes),
-        bias_metadata=_sharded(axes[1]) if bias else {},
-        rngs=rngs,
-    )
-
-
-def _output_std(config: OPTConfig) -> float:
+def _output_init(config: OPTConfig) -> nnx.Initializer:
     """Layers that write to the residual stream start smaller, by 1/sqrt(2 L) (the paper, section 2.2)."""
-    return config.init_std / (2 * config.layers) ** 0.5
-
-
-def _embed(config: OPTConfig, rows: int, features: int, axes: tuple[str, str], *, rngs):
-    # Rows are looked up in the parameters' dtype and cast after: casting first would copy the whole table.
-    return nnx.Embed(
-        rows,
-        features,
-        dtype=jnp.dtype(config.param_dtype),
-        param_dtype=jnp.dtype(config.param_dtype),
-        embedding_init=nnx.initializers.normal(config.init_std),
-        embedding_metadata=_sharded(*axes),
-        rngs=rngs,
-    )
+    return nnx.initializers.normal(config.init_std / (2 * config.layers) ** 0.5)
 
 
 class LayerNorm(nnx.LayerNorm):
@@ -154,27 +111,13 @@ class LayerNorm(nnx.LayerNorm):
             dtype=jnp.float32,
             param_dtype=jnp.dtype(config.param_dtype),
             use_fast_variance=False,
-            scale_metadata=_sharded("embed"),
-            bias_metadata=_sharded("embed"),
+            scale_metadata=sharded("embed"),
+            bias_metadata=sharded("embed"),
             rngs=rngs,
         )
 
     def __call__(self, x: Float[Array, "*tokens d_model"]) -> Float[Array, "*tokens d_model"]:
         return super().__call__(x).astype(x.dtype)
-
-
-def _attend(q, k, v, visible):
-    def library(q, k, v, visible):
-        with jax.numpy_dtype_promotion("standard"):  # it promotes bfloat16 scores without saying so
-            return jax.nn.dot_product_attention(q, k, v, mask=visible)
-
-    def in_float32(q, k, v, visible):
-        wide = [x.astype(jnp.float32) for x in (q, k, v)]
-        return library(wide[0], wide[1], wide[2], visible).astype(q.dtype)
-
-    if q.dtype == jnp.float16:  # of which XLA has no product on a CPU that accumulates in float32
-        return lax.platform_dependent(q, k, v, visible, cpu=in_float32, default=library)
-    return library(q, k, v, visible)
 
 
 class Attention(nnx.Module):
@@ -183,10 +126,10 @@ class Attention(nnx.Module):
     def __init__(self, config: OPTConfig, *, rngs: nnx.Rngs):
         square = (config.d_model, config.d_model)
         self.heads = config.heads
-        self.q_proj = _linear(config, square, ("embed", "heads"), rngs=rngs)
-        self.k_proj = _linear(config, square, ("embed", "heads"), rngs=rngs)
-        self.v_proj = _linear(config, square, ("embed", "heads"), rngs=rngs)
-        self.out_proj = _linear(config, square, ("heads", "embed"), std=_output_std(config), rngs=rngs)
+        self.q_proj = linear(config, square, ("embed", "heads"), bias=True, rngs=rngs)
+        self.k_proj = linear(config, square, ("embed", "heads"), bias=True, rngs=rngs)
+        self.v_proj = linear(config, square, ("embed", "heads"), bias=True, rngs=rngs)
+        self.out_proj = linear(config, square, ("heads", "embed"), init=_output_init(config), bias=True, rngs=rngs)
 
     def __call__(self, x: Float[Array, "batch length d_model"], visible, slots, first_slot):
         """Attends from each token to the visible slots.
@@ -201,10 +144,8 @@ class Attention(nnx.Module):
             The output, and the keys and values of all slots.
         """
         q, k, v = (proj(x).reshape(*x.shape[:2], self.heads, -1) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        if slots is not None:
-            k = lax.dynamic_update_slice_in_dim(slots[0], k, first_slot, axis=1)
-            v = lax.dynamic_update_slice_in_dim(slots[1], v, first_slot, axis=1)
-        return self.out_proj(_attend(q, k, v, visible).reshape(x.shape)), (k, v)
+        k, v = write_slots(slots, k, v, first_slot)
+        return self.out_proj(attend(q, k, v, visible).reshape(x.shape)), (k, v)
 
 
 class DecoderLayer(nnx.Module):
@@ -214,8 +155,9 @@ class DecoderLayer(nnx.Module):
         self.config = config
         self.self_attn = Attention(config, rngs=rngs)
         self.self_attn_layer_norm = LayerNorm(config, rngs=rngs)
-        self.fc1 = _linear(config, (config.d_model, config.d_ff), ("embed", "ffn"), rngs=rngs)
-        self.fc2 = _linear(config, (config.d_ff, config.d_model), ("ffn", "embed"), std=_output_std(config), rngs=rngs)
+        self.fc1 = linear(config, (config.d_model, config.d_ff), ("embed", "ffn"), bias=True, rngs=rngs)
+        out, init = (config.d_ff, config.d_model), _output_init(config)
+        self.fc2 = linear(config, out, ("ffn", "embed"), init=init, bias=True, rngs=rngs)
         self.final_layer_norm = LayerNorm(config, rngs=rngs)
 
     def __call__(self, x: Float[Array, "batch length d_model"], mask, visible, slots, first_slot):
@@ -229,9 +171,9 @@ class DecoderLayer(nnx.Module):
 
     def feed_forward(self, x: Float[Array, "batch length d_model"], mask: Bool[Array, "batch length"]):
         """fc2(activation(fc1(x))). Padding activates no neuron, so that it makes no micro-tile live."""
-        activate = ACTIVATIONS[self.config.activation]
         rows = self.config.sparse_rows
         if rows is None:
+            activate = ACTIVATIONS[self.config.activation]
             h = jnp.where(mask[..., None], activate(self.fc1(x)), 0)
             self._capture(h.reshape(-1, h.shape[-1]))
             return self.fc2(h)
@@ -239,10 +181,9 @@ class DecoderLayer(nnx.Module):
             jnp.asarray(w, x.dtype) for w in (self.fc1.kernel, self.fc1.bias, self.fc2.kernel, self.fc2.bias)
         )
         # fc1 straight into k-major, [d_ff, tokens]: a neuron's values for the tokens of a micro-tile lie together.
-        h_t = activate(jnp.einsum("td,df->ft", x.reshape(-1, x.shape[-1]), w1) + b1[:, None])
-        h_t = jnp.where(mask.reshape(1, -1), h_t, 0)
+        h_t, index = relu_matmul(x.reshape(-1, x.shape[-1]), w1, b1, rows, mask.reshape(-1))
         self._capture(h_t.T)
-        out = gather_matmul(h_t, w2, micro_tile_index(lax.stop_gradient(h_t), rows=rows), zero_elsewhere=True)
+        out = gather_matmul(h_t, w2, index, zero_elsewhere=True)
         return out.reshape(x.shape) + b2[None, None]
 
     def _capture(self, activation: Float[Array, "tokens d_ff"]) -> None:
@@ -261,15 +202,15 @@ class OPT(nnx.Module):
     def __init__(self, config: OPTConfig, *, rngs: nnx.Rngs):
         self.config = config
         width = config.embed_dim or config.d_model
-        self.embed_tokens = _embed(config, config.vocab_size, width, ("vocab", "embed"), rngs=rngs)
+        self.embed_tokens = embed(config, config.vocab_size, width, ("vocab", "embed"), rngs=rngs)
         positions = config.max_length + POSITION_OFFSET
-        self.embed_positions = _embed(config, positions, config.d_model, ("positions", "embed"), rngs=rngs)
+        self.embed_positions = embed(config, positions, config.d_model, ("positions", "embed"), rngs=rngs)
         self.layers = nnx.List([DecoderLayer(config, rngs=rngs) for _ in range(config.layers)])
         if config.pre_norm:
             self.final_layer_norm = LayerNorm(config, rngs=rngs)
         if width != config.d_model:
-            self.project_in = _linear(config, (width, config.d_model), ("embed", "embed_out"), bias=False, rngs=rngs)
-            self.project_out = _linear(config, (config.d_model, width), ("embed", "embed_out"), bias=False, rngs=rngs)
+            self.project_in = linear(config, (width, config.d_model), ("embed", "embed_out"), rngs=rngs)
+            self.project_out = linear(config, (config.d_model, width), ("embed", "embed_out"), rngs=rngs)
 
     def __call__(
         self,
@@ -309,16 +250,8 @@ class OPT(nnx.Module):
             if tokens.shape[1] > self.config.max_length:
                 raise ValueError(f"length must be at most max_length={self.config.max_length}; got {tokens.shape[1]}")
             mask = jnp.ones(tokens.shape, bool)
-        earlier, first_slot, slot_mask = 0, 0, mask
-        if cache is not None:
-            earlier, first_slot = cache.mask.sum(axis=1, keepdims=True), cache.filled
-            slot_mask = lax.dynamic_update_slice_in_dim(cache.mask, mask, first_slot, axis=1)
-        # Positions count real tokens, so padding on the left shifts nothing.
-        positions = jnp.where(mask, earlier + jnp.cumsum(mask, axis=1) - 1 + POSITION_OFFSET, 0)
-        token_slots = first_slot + jnp.arange(tokens.shape[1])
-        causal = jnp.arange(slot_mask.shape[1])[None] <= token_slots[:, None]
-        visible = slot_mask[:, None, None] & causal[None, None]
-
+        places = place_tokens(mask, cache)
+        positions = jnp.where(mask, places.positions + POSITION_OFFSET, 0)
         dtype = jnp.dtype(self.config.dtype)
         x = self.embed_tokens(tokens).astype(dtype)
         x = self.project_in(x) if hasattr(self, "project_in") else x
@@ -326,13 +259,13 @@ class OPT(nnx.Module):
         keys_values = []
         for i, layer in enumerate(self.layers):
             slots = None if cache is None else (cache.keys[i], cache.values[i])
-            x, slots = layer(x, mask, visible, slots, first_slot)
+            x, slots = layer(x, mask, places.visible, slots, places.first_slot)
             keys_values.append(slots)
         x = self.final_layer_norm(x) if self.config.pre_norm else x
         if cache is None:
             return x, None
         keys, values = zip(*keys_values, strict=True)
-        return x, KVCache(keys, values, slot_mask, cache.filled + tokens.shape[1])
+        return x, KVCache(keys, values, places.slot_mask, cache.filled + tokens.shape[1])
 
     def logits(self, hidden: Float[Array, "*tokens d_model"]) -> Float[Array, "*tokens vocab"]:
         """Hidden states times the (tied) token embedding, in float32."""
@@ -343,6 +276,11 @@ class OPT(nnx.Module):
     def init_cache(self, batch: int, length: int) -> KVCache:
         """An empty cache of `length` slots for each of `batch` sequences."""
         config = self.config
-        shape = (batch, length, config.heads, config.d_model // config.heads)
-        keys, values = (tuple(jnp.zeros(shape, config.dtype) for _ in range(config.layers)) for _ in range(2))
-        return KVCache(keys, values, jnp.zeros((batch, length), bool), jnp.int32(0))
+        return KVCache.empty(
+            batch,
+            length,
+            layers=config.layers,
+            heads=config.heads,
+            head_dim=config.d_model // config.heads,
+            dtype=config.dtype,
+        )

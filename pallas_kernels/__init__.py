@@ -1,10 +1,36 @@
 """GPU kernels as plain JAX functions. `python -m pallas_kernels list` says which."""
 
 from pallas_kernels.gather_matmul import gather_matmul
+from pallas_kernels.grouped_matmul import grouped_matmul
+from pallas_kernels.grouped_outer import grouped_outer
 from pallas_kernels.micro_tile_index import MicroTileIndex, micro_tile_index
+from pallas_kernels.relu_matmul import relu_matmul
+from pallas_kernels.route import route
+from pallas_kernels.routing import Routing
 from pallas_kernels.sampled_matmul import sampled_matmul
 from pallas_kernels.scatter_matmul import scatter_matmul
 
-KERNELS = ("gather_matmul", "scatter_matmul", "sampled_matmul", "micro_tile_index")
+KERNELS = (
+    "gather_matmul",
+    "scatter_matmul",
+    "sampled_matmul",
+    "relu_matmul",
+    "grouped_matmul",
+    "grouped_outer",
+    "micro_tile_index",
+    "route",
+)
 
-__all__ = ["KERNELS", "MicroTileIndex", "gather_matmul", "micro_tile_index", "sampled_matmul", "scatter_matmul"]
+__all__ = [
+    "KERNELS",
+    "MicroTileIndex",
+    "Routing",
+    "gather_matmul",
+    "grouped_matmul",
+    "grouped_outer",
+    "micro_tile_index",
+    "relu_matmul",
+    "route",
+    "sampled_matmul",
+    "scatter_matmul",
+]

@@ -6,20 +6,20 @@ and assembles on the host and cannot write it. Pickles are never opened.
 """
 
 import json
+import math
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from sparsellm.checkpoint import CONFIG, check_tensors, load_config, restore_interrupted, whole_folder
+from sparsellm.stored import Stored, read_parameter
 
 INDEX = "model.safetensors.index.json"
 DTYPES = ("BF16", "F16", "F32")
@@ -32,22 +32,6 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
 )
-
-
-class Wanted(NamedTuple):
-    """A tensor as the model wants it.
-
-    Attributes:
-        array: its shape, dtype and sharding here.
-        transposed: the file holds it the other way round ([out, in] where the model has [in, out]).
-    """
-
-    array: jax.ShapeDtypeStruct
-    transposed: bool = False
-
-    @property
-    def file_shape(self) -> tuple[int, ...]:
-        return tuple(self.array.shape[::-1] if self.transposed else self.array.shape)
 
 
 def find_folder(path_or_hub_id: str | Path, *, revision: str | None = None) -> Path:
@@ -127,44 +111,35 @@ def open_tensors(folder: Path, rename: Callable[[str], str]) -> dict[str, Any]:
     return tensors
 
 
-def load_tensors(folder: Path, tensors: Mapping[str, Any], wanted: Mapping[str, Wanted]) -> dict[str, jax.Array]:
-    """Reads tensors one at a time, each device its own slice, and casts and transposes on the devices.
+def load_tensors[K](
+    folder: Path, tensors: Mapping[str, Any], wanted: Mapping[K, Stored[jax.ShapeDtypeStruct]]
+) -> dict[K, jax.Array]:
+    """Reads tensors one at a time, each device its own slices, and casts, transposes and joins them on the devices.
 
     The host never holds more than one tensor, the devices never more than the model and one tensor.
 
     Args:
         folder: for messages.
         tensors: what `open_tensors` returned.
-        wanted: shape, dtype and sharding of each.
+        wanted: shape, dtype and sharding of each parameter, and its tensors.
 
     Raises:
         ValueError: tensors are missing, extra or misshapen; raised before anything is read.
     """
     check_tensors(
         folder,
-        expected={name: target.file_shape for name, target in wanted.items()},
+        expected={part.name: part.shape for stored in wanted.values() for part in stored.parts()},
         found={name: tuple(tensor.get_shape()) for name, tensor in tensors.items()},
     )
-    return {name: _load(tensors[name], target) for name, target in wanted.items()}
+    return {key: read_parameter(stored, tensors) for key, stored in wanted.items()}
 
 
-def _load(tensor: Any, target: Wanted) -> jax.Array:
-    sharding = target.array.sharding
-    read = jax.make_array_from_callback(
-        target.file_shape, _transposed(sharding) if target.transposed else sharding, lambda index: tensor[index]
+def equal_tensors(a: Any, b: Any) -> bool:
+    """Whether two unread tensors of `open_tensors` hold the same; a few rows of each are read at a time."""
+    rows, step = a.get_shape()[0], 4096
+    return a.get_shape() == b.get_shape() and all(
+        np.array_equal(a[i : min(i + step, rows)], b[i : min(i + step, rows)]) for i in range(0, rows, step)
     )
-    convert = jax.jit(_convert, static_argnums=(1, 2), out_shardings=sharding)
-    return convert(read, target.array.dtype, target.transposed).block_until_ready()
-
-
-def _convert(x: jax.Array, dtype: jnp.dtype, transposed: bool) -> jax.Array:
-    return (x.T if transposed else x).astype(dtype)
-
-
-def _transposed(sharding: Sharding) -> Sharding:
-    if isinstance(sharding, NamedSharding):
-        return NamedSharding(sharding.mesh, PartitionSpec(*reversed(sharding.spec)))
-    return sharding
 
 
 def _files(folder: Path) -> list[Path]:
@@ -200,8 +175,9 @@ def _files(folder: Path) -> list[Path]:
 def save_folder(
     folder: str | Path,
     config: Mapping[str, Any],
-    tensors: Mapping[str, tuple[jax.Array, bool]],
+    parameters: Iterable[Stored[jax.Array]],
     *,
+    rename: Callable[[str], str] = str,
     tokenizer_folder: str | Path | None = None,
     max_shard_bytes: int = 5 * 10**9,
     overwrite: bool = False,
@@ -211,7 +187,8 @@ def save_folder(
     Args:
         folder: where to.
         config: the contents of config.json.
-        tensors: name in the file -> the array, and whether to store it transposed.
+        parameters: each with the tensors to store it in.
+        rename: gives the name in the file.
         tokenizer_folder: whose tokenizer files to copy along.
         max_shard_bytes: the most tensor bytes in a file; a larger tensor gets a file of its own.
         overwrite: replace the folder if it holds a model.
@@ -228,21 +205,23 @@ def save_folder(
     tokenizer = [path for path in tokenizer if path.is_file()]
     if tokenizer_folder and not tokenizer:
         raise FileNotFoundError(f"no tokenizer files ({', '.join(TOKENIZER_FILES)}) in {tokenizer_folder}")
+    tensors = {rename(part.name): (stored.array, part) for stored in parameters for part in stored.parts()}
+    sizes = {name: math.prod(part.shape) * array.dtype.itemsize for name, (array, part) in tensors.items()}
     with whole_folder(folder, overwrite=overwrite) as temporary:
         (temporary / CONFIG).write_text(json.dumps(dict(config), indent=2) + "\n")
         for path in tokenizer:
             shutil.copy(path, temporary)
-        shards = _shards({name: array.nbytes for name, (array, _) in tensors.items()}, max_shard_bytes)
+        shards = _shards(sizes, max_shard_bytes)
         weight_map = {}
         for i, names in enumerate(shards, start=1):
             file = f"model-{i:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else "model.safetensors"
             # transformers asks for this metadata; the arrays are plain all the same
-            save_file({name: _to_host(*tensors[name]) for name in names}, temporary / file, metadata={"format": "pt"})
+            values = {name: part.to_host(array) for name in names for array, part in [tensors[name]]}
+            save_file(values, temporary / file, metadata={"format": "pt"})
             shutil.copymode(temporary / CONFIG, temporary / file)  # safetensors lets nobody else read it
             weight_map |= dict.fromkeys(names, file)
         if len(shards) > 1:
-            size = sum(array.nbytes for array, _ in tensors.values())
-            index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+            index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
             (temporary / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
@@ -257,7 +236,3 @@ def _shards(sizes: Mapping[str, int], max_bytes: int) -> list[list[str]]:
         shards[-1].append(name)
         filled += size
     return shards
-
-
-def _to_host(array: jax.Array, transposed: bool) -> np.ndarray:
-    return np.ascontiguousarray(np.asarray(array).T if transposed else np.asarray(array))

@@ -9,12 +9,19 @@ from typing import Any
 
 import jax
 from flax import nnx
+from flax.core.spmd import get_logical_axis_rules
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 type Rules = Mapping[str, str | tuple[str, ...] | None]
 
 # Source: Megatron-LM (Shoeybi et al., 2019), section 3: columns of the first product, rows of the second.
 TENSOR_PARALLEL: Rules = {"vocab": "model", "heads": "model", "ffn": "model"}
+EXPERT_PARALLEL: Rules = {"expert": "model"}  # whole experts on each device
+
+
+def sharded(*axes: str) -> dict[str, Any]:
+    """Metadata of a parameter with these axes: inside `create_model` it is cut as it is made."""
+    return {"out_sharding": axes, "eager_sharding": bool(get_logical_axis_rules())}
 
 
 def parameter_sharding(variable: nnx.Variable, mesh: Mesh | None, rules: Rules = TENSOR_PARALLEL) -> Sharding:

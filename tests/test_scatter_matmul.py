@@ -285,6 +285,6 @@ def test_work_counts_what_the_pattern_needs():
 def test_peers_and_candidates():
     a, b, index, _ = problem(15, m=10, n=8, k=64, width=64, density=1.0)
     for config in candidates(a, b, index):
-        check_config(config, index)
+        check_config(config, a, b, index)
     for peer in peers(a, b, index).values():
         assert_close(peer(a, b, index), np.asarray(a, np.float64) @ np.asarray(b, np.float64), 1e-2)

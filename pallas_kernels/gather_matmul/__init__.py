@@ -43,7 +43,8 @@ def _gather_matmul(a_t, b, index, zero_elsewhere: bool, config: Config | None, i
     with jax.enable_x64(False):  # under which a Python integer meets an int32 as one of its kind
         if config is None:
             return xla(a_t, b, index)
-        return mosaic(a_t, b, index, zero_elsewhere, config, interpret=implementation == "interpret")
+        out = mosaic(a_t, b, index, zero_elsewhere, config, interpret=implementation == "interpret")
+        return vary_together(a_t, out)[1]  # under shard_map a kernel's output does not say that it varies
 
 
 def _forward(a_t, b, index, zero_elsewhere, config, implementation):

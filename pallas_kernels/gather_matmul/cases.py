@@ -117,6 +117,7 @@ CASES = (
         densities=(0.5, 0.0, 1.0),
         small=True,
     ),
+    _case("few columns", m=136, n=40, k=150, rows=128, densities=(0.5, 1.0), zero_elsewhere=True),
     _case("rows 1", m=37, n=61, k=101, rows=1, densities=(0.0, 0.1, 1.0)),
     _case("rows 32", m=100, n=72, k=530, rows=32, densities=(0.5, 0.02, 1.0)),
     _case("32x32, lists for 24 columns", m=100, n=72, k=530, rows=32, cols=32, out_cols=24, densities=(0.5, 0.02, 1.0)),

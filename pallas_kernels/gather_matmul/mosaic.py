@@ -226,7 +226,7 @@ def _consume(walk: _Walk, consumer, products, out_gmem, out_smem, a_smem, b_smem
 
         def add_stages(acc):
             operands = tile.operands(consumer, a_smem, b_smem)
-            g_next = pipeline.consume(config.stages, g, stages, acc, operands, **barriers)
+            g_next = pipeline.consume(config.stages, g, stages, [acc], operands, **barriers)
             return acc[...], g_next
 
         return pl.run_scoped(add_stages, plgpu.ACC(tile.consumer_shape))
@@ -304,9 +304,7 @@ def _gather_matmul_kernel(
         plgpu.set_max_registers(pipeline.PRODUCER_REGISTERS, action="decrease")
         if arrived is not None:
             arrived.begin()
-        producer = pipeline.Producer(
-            stages=config.stages, full=full, empty=empty, arrivals=arrivals, gathered=arrived
-        )
+        producer = pipeline.Producer(stages=config.stages, full=full, empty=empty, arrivals=arrivals, gathered=arrived)
         smem = a_smem, b_smem, index_smem.at[pl.ds(0, CHUNK)]
         _produce(walk, producer, products, a_gmem, b_gmem, indices_gmem, *smem, interpret=interpret)
 
@@ -368,7 +366,7 @@ def mosaic(
             interpret=interpret,
         ),
         # TMA clips at the matrix's end, but only in whole swizzle atoms: the slice below is free where they fit.
-        out_type=jax.ShapeDtypeStruct((m + -m % 8, n + -n % swrite.COLUMNS), out_dtype),
+        out_type=jax.ShapeDtypeStruct((m + -m % 8, swrite.stored_columns(n)), out_dtype),
         grid=(schedule.blocks(*tiles, most=2 if interpret else device.sm_count()),),  # every block has a tile
         grid_names=("sm",),
         num_threads=pipeline.WARPGROUPS,

@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int32, Shaped
+from jaxtyping import Array, Bool, Int8, Int32, Shaped
 
 from pallas_kernels.micro_tile_index.cases import CASES, ROWS, work
 from pallas_kernels.micro_tile_index.mosaic import ALIGNMENT, Config, check_config, configs, mosaic
@@ -145,12 +145,17 @@ def micro_tile_index(
 
 
 def compact(
-    mask: Bool[Array, "lists length"], *, config: Config | None = None, implementation: str | None = None
+    mask: Bool[Array, "lists padded"] | Int8[Array, "lists padded"],
+    length: int | None = None,
+    *,
+    config: Config | None = None,
+    implementation: str | None = None,
 ) -> tuple[Int32[Array, "lists length"], Int32[Array, " lists"]]:
     """Positions of the true entries of each list, ascending and then zeros, and how many there are.
 
     Args:
-        mask: what to list, [lists, length].
+        mask: what to list; bytes, 0 or 1, are what the kernel reads as they are.
+        length: entries of each list, where rows of the mask are longer.
         config: as for `micro_tile_index`.
         implementation: as for `micro_tile_index`.
 
@@ -158,9 +163,9 @@ def compact(
         ValueError: `config` or `implementation` is not one that there is.
         NotImplementedError: the asked implementation does not run on this device.
     """
-    length = mask.shape[1]
+    length = mask.shape[1] if length is None else length
     if (implementation := _choose(implementation)) != "xla":
-        mask = jnp.pad(mask, ((0, 0), (0, -length % ALIGNMENT)))
+        mask = jnp.pad(mask, ((0, 0), (0, -mask.shape[1] % ALIGNMENT)))
     return _compact(mask, length, config, implementation)
 
 
@@ -184,7 +189,7 @@ def _compact(mask, length: int, config: Config | None, implementation: str):
     if config is not None:
         check_config(config)
     if implementation == "xla" or not mask.size:
-        return _xla(mask[:, :length])
+        return _xla(mask[:, :length].astype(bool))
     config = config or configs(mask.shape[0], length)[0]
     with jax.enable_x64(False):  # under which a Python integer meets an int32 as one of its kind
         indices, counts = mosaic(mask, length, config, interpret=implementation == "interpret")
@@ -192,7 +197,7 @@ def _compact(mask, length: int, config: Config | None, implementation: str):
 
 
 @jax.jit  # eagerly, ones_like would copy the mask's sharding, whose rank is not 0
-def _varying_as(mask: Bool[Array, "lists length"], *outputs: Int32[Array, "..."]) -> tuple[Int32[Array, "..."], ...]:
+def _varying_as(mask: Shaped[Array, "lists padded"], *outputs: Int32[Array, "..."]) -> tuple[Int32[Array, "..."], ...]:
     """Inside of shard_map these vary as the mask does, but a kernel's outputs do not say so by themselves."""
     one = jnp.ones_like(mask, shape=(), dtype=jnp.int32)
     return tuple(output * one for output in outputs)  # which XLA drops

@@ -18,7 +18,7 @@ from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, nvvm
-from jaxtyping import Array, Bool, Int32
+from jaxtyping import Array, Bool, Int8, Int32
 
 WARP = 32
 WARPS = 4  # a block is one warpgroup
@@ -162,12 +162,12 @@ def _place_interpreted(work: _Work, mask_gmem, indices_gmem, counts_gmem, block:
 
 
 def mosaic(
-    mask: Bool[Array, "lists padded"], length: int, config: Config, interpret: bool
+    mask: Bool[Array, "lists padded"] | Int8[Array, "lists padded"], length: int, config: Config, interpret: bool
 ) -> tuple[Int32[Array, "lists {length}"], Int32[Array, " lists"]]:
     """Launches the kernel; `interpret` runs it on CPU under the race detector.
 
     Args:
-        mask: its rows a multiple of LOAD; what is past `length` does not matter.
+        mask: its rows a multiple of LOAD; bytes are 0 or 1; what is past `length` does not matter.
         length: entries of a list, at least 1.
         config: tiling.
         interpret: on CPU.

@@ -1,47 +1,37 @@
 """The Mosaic GPU kernel of `sampled_matmul` for Hopper: rows of A against the rows of B in a list's block."""
 
-import dataclasses
-
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels.micro_tile_index import MicroTileIndex
-from pallas_kernels.tile import device, listed_rows
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Config:
-    """Tiling of the Mosaic kernel.
-
-    Attributes:
-        block_n: columns of the result a tile, 64, 128 or 256; divides the index's `rows`.
-        stages: stages of shared memory in the pipeline, at least 2.
-    """
-
-    block_n: int
-    stages: int
+from pallas_kernels.tile import device, row_groups
+from pallas_kernels.tile.row_groups import Config
 
 
 def mosaic(
     a: Float[Array, "L N"], b: Float[Array, "W N"], index: MicroTileIndex, config: Config, interpret: bool
 ) -> Float[Array, "L W"]:
     """Launches the kernel; `interpret` runs it on CPU under the race detector."""
-    geometry = listed_rows.Geometry(
-        lists=index.indices.shape[0],
-        depth=a.shape[1],
-        width=index.rows,
-        columns=b.shape[0],
-        b_is_transposed=True,
-        block_n=config.block_n,
-        stages=config.stages,
+    (lists, entries), (length, depth), width = index.indices.shape, a.shape, b.shape[0]
+    listed = index.indices.reshape(-1)
+    starts = jnp.arange(lists, dtype=jnp.int32) * entries
+    groups = row_groups.Groups(starts=starts, counts=index.counts, reads=listed, writes=listed)
+    geometry = row_groups.Geometry(
+        config=config, matrices=lists, depth=depth, width=index.rows, transposed=True, side_by_side=True
     )
-    return listed_rows.listed_rows_matmul("sampled_matmul", a, b, index.indices, index.counts, geometry, interpret)
+    blocks = jnp.pad(b, ((0, -width % index.rows), (0, 0))).reshape(lists, index.rows, depth)
+    out = row_groups.row_groups_matmul(
+        "sampled_matmul", a, blocks, groups, geometry, out=(length, lists * index.rows), zeros=True,
+        most_slots=lists * length, interpret=interpret,
+    )  # fmt: skip
+    return out[:, :width]
 
 
 def candidates(a, b, index: MicroTileIndex) -> list[Config]:
     """Configs worth timing for these arguments (shapes are enough); the heuristic's choice comes first."""
-    del a
-    block_ns = [x for x in (256, 128, 64) if index.rows % x == 0]
-    return [Config(block_n=block_n, stages=listed_rows.stages(block_n)) for block_n in block_ns]
+    del b
+    lists = index.indices.shape[0]
+    return row_groups.tilings(lists * a.shape[0], lists, a.shape[1], index.rows, divides=True)
 
 
 def check_support(a, index: MicroTileIndex, devices: tuple[str, ...] | None) -> None:
@@ -56,12 +46,7 @@ def check_support(a, index: MicroTileIndex, devices: tuple[str, ...] | None) -> 
         device.require_device("sampled_matmul", devices)
 
 
-def check_config(config: Config, index: MicroTileIndex) -> None:
+def check_config(config: Config, a, b, index: MicroTileIndex) -> None:
     """Raises ValueError where a config does not fit the kernel or these arguments."""
-    if config.block_n not in (64, 128, 256) or index.rows % config.block_n:
-        raise ValueError(
-            f"block_n must be 64, 128 or 256 and divide rows; got block_n={config.block_n}, rows={index.rows}"
-        )
-    if not 2 <= config.stages <= listed_rows.stages(config.block_n):
-        most = listed_rows.stages(config.block_n)
-        raise ValueError(f"stages must be 2 to {most} for this tile; got stages={config.stages}")
+    del a, b
+    row_groups.check_config(config, index.rows, divides=True)

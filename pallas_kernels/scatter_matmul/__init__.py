@@ -37,7 +37,8 @@ def _scatter_matmul(a, b, index: MicroTileIndex, config: Config | None, implemen
     with jax.enable_x64(False):  # under which a Python integer meets an int32 as one of its kind
         if config is None:
             return xla(a, b, index)
-        return mosaic(a, b, index, config, interpret=implementation == "interpret")
+        out = mosaic(a, b, index, config, interpret=implementation == "interpret")
+        return vary_together(a, out)[1]  # under shard_map a kernel's output does not say that it varies
 
 
 def _forward(a, b, index, config, implementation):
@@ -106,7 +107,7 @@ def scatter_matmul(
         else:
             check_support(a, index, None if implementation == "interpret" else DEVICES)
             if config is not None:
-                check_config(config, index)
+                check_config(config, a, b, index)
             config = config or tuning.tuned_config("scatter_matmul", Config, a, b, index)
             config = config or candidates(a, b, index)[0]
     except NotImplementedError:

@@ -1,50 +1,29 @@
 """The Mosaic GPU kernel of `scatter_matmul` for Hopper: one list of whole rows."""
 
-import dataclasses
-
-from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
 from pallas_kernels.micro_tile_index import MicroTileIndex
-from pallas_kernels.tile import device, listed_rows
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Config:
-    """Tiling of the Mosaic kernel.
-
-    Attributes:
-        block_n: columns of the result a tile, 64, 128 or 256.
-        stages: stages of shared memory in the pipeline, at least 2.
-    """
-
-    block_n: int
-    stages: int
+from pallas_kernels.tile import device, row_groups
+from pallas_kernels.tile.row_groups import Config
 
 
 def mosaic(
     a: Float[Array, "M K"], b: Float[Array, "K N"], index: MicroTileIndex, config: Config, interpret: bool
 ) -> Float[Array, "M N"]:
     """Launches the kernel; `interpret` runs it on CPU under the race detector."""
-    geometry = listed_rows.Geometry(
-        lists=1,
-        depth=a.shape[1],
-        width=b.shape[1],
-        columns=b.shape[1],
-        b_is_transposed=False,
-        block_n=config.block_n,
-        stages=config.stages,
+    (m, k), n = a.shape, b.shape[1]
+    listed = index.indices[0]
+    groups = row_groups.Groups(starts=index.counts - index.counts, counts=index.counts, reads=listed, writes=listed)
+    geometry = row_groups.Geometry(config=config, matrices=1, depth=k, width=n, transposed=False)
+    return row_groups.row_groups_matmul(
+        "scatter_matmul", a, b[None], groups, geometry, out=(m, n), zeros=True, most_slots=m, interpret=interpret
     )
-    return listed_rows.listed_rows_matmul("scatter_matmul", a, b, index.indices, index.counts, geometry, interpret)
 
 
 def candidates(a, b, index: MicroTileIndex) -> list[Config]:
     """Configs worth timing for these arguments (shapes are enough); the heuristic's choice comes first."""
     del index
-    block_ns = [x for x in (256, 128, 64) if x <= max(64, b.shape[1])]
-    if 2 * pl.cdiv(a.shape[0], listed_rows.BLOCK_ROWS) * pl.cdiv(b.shape[1], block_ns[0]) < 132:
-        block_ns.reverse()  # narrow tiles first where wide ones would leave half of the SMs idle
-    return [Config(block_n=block_n, stages=listed_rows.stages(block_n)) for block_n in block_ns]
+    return row_groups.tilings(a.shape[0], 1, *b.shape)
 
 
 def check_support(a, index: MicroTileIndex, devices: tuple[str, ...] | None) -> None:
@@ -60,10 +39,7 @@ def check_support(a, index: MicroTileIndex, devices: tuple[str, ...] | None) -> 
         device.require_device("scatter_matmul", devices)
 
 
-def check_config(config: Config, index: MicroTileIndex) -> None:
+def check_config(config: Config, a, b, index: MicroTileIndex) -> None:
     """Raises ValueError where a config does not fit the kernel or these arguments."""
-    if config.block_n not in (64, 128, 256):
-        raise ValueError(f"block_n must be 64, 128 or 256; got block_n={config.block_n}")
-    if not 2 <= config.stages <= listed_rows.stages(config.block_n):
-        most = listed_rows.stages(config.block_n)
-        raise ValueError(f"stages must be 2 to {most} for this tile; got stages={config.stages}")
+    del a, index
+    row_groups.check_config(config, b.shape[1])

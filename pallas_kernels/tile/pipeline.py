@@ -70,11 +70,11 @@ class DenseTile:
             "b_smem": plgpu.SMEM((self.stages, 1, BLOCK_K, self.block_n), dtype, transforms=swizzled(dtype)),
         }
 
-    def operands(self, consumer: jax.Array, a_smem, b_smem) -> Callable[[jax.Array], tuple[Any, Any]]:
+    def operands(self, consumer: jax.Array, a_smem, b_smem) -> Callable[[jax.Array], list[tuple[Any, Any]]]:
         """What a consumer multiplies of the stage in a slot."""
         m0, n0 = self.consumer_origin(consumer)
         panel, cols = m0 // PANEL, self.consumer_shape[1]
-        return lambda slot: (a_smem.at[slot, panel].transpose((1, 0)), b_smem.at[slot, 0, :, pl.ds(n0, cols)])
+        return lambda slot: [(a_smem.at[slot, panel].transpose((1, 0)), b_smem.at[slot, 0, :, pl.ds(n0, cols)])]
 
 
 def barriers(stages: int, arrivals: int) -> dict[str, Any]:
@@ -131,16 +131,16 @@ class Producer:
 
 
 def consume(
-    stages: int, g, steps, acc, operands: Callable[[jax.Array], tuple[Any, Any]], *, full, empty, gathered=None
+    stages: int, g, steps, accs, operands: Callable[[jax.Array], list[tuple[Any, Any]]], *, full, empty, gathered=None
 ):
-    """Adds stages g to g + steps to a consumer's accumulator.
+    """Adds stages g to g + steps to a consumer's accumulators.
 
     Args:
         stages: how many there are in the pipeline.
         g: number of the first stage.
         steps: stages of this tile, 0 or more.
-        acc: `plgpu.ACC` of the consumer's part of the tile.
-        operands: its parts of A [m, k] and B [k, n] in the stage of a slot.
+        accs: `plgpu.ACC` of each product of the consumer's part of the tile.
+        operands: the parts of A [m, k] and B [k, n] of each, in the stage of a slot.
         full, empty: as made by `barriers`.
         gathered: as the producer's.
 
@@ -153,8 +153,9 @@ def consume(
         plgpu.barrier_wait(full.at[slot])
         if gathered is not None:
             gathered.wait(g)
-        plgpu.wgmma(acc, *operands(slot))
-        plgpu.wgmma_wait(1)  # the product before this one is done: its stage is free
+        for acc, (a, b) in zip(accs, operands(slot), strict=True):
+            plgpu.wgmma(acc, a, b)
+        plgpu.wgmma_wait(len(accs))  # the products of the stage before this one are done: it is free
         pl.when(s > 0)(lambda: plgpu.barrier_arrive(empty.at[lax.rem(g - 1, stages)]))
         return g + 1
 
@@ -163,3 +164,16 @@ def consume(
     last = lax.rem(g + stages - 1, stages)
     pl.when(jnp.asarray(steps) > 0)(lambda: plgpu.barrier_arrive(empty.at[last]))
     return g
+
+
+def skip(stages: int, g, steps, *, full, empty, gathered=None):
+    """`consume` of a consumer that has nothing to multiply: the stages pass, the number of the next is returned."""
+
+    def step(_, g):
+        plgpu.barrier_wait(full.at[lax.rem(g, stages)])
+        if gathered is not None:
+            gathered.wait(g)
+        plgpu.barrier_arrive(empty.at[lax.rem(g, stages)])
+        return g + 1
+
+    return lax.fori_loop(0, steps, step, g)

@@ -166,7 +166,10 @@ def check_lowering(kernel: Kernel, gpu: Gpu, dtype: DTypeLike) -> Result:
 
 
 def _lowerings(kernel: Kernel, dtype: DTypeLike) -> Iterator[tuple[Case, Any, bool]]:
-    """What to lower: each shape with its first config and the gradient, each config with the first shape it fits."""
+    """What to lower: each config with the first shape it fits, and the first of each shape, with the gradient.
+
+    Shapes that are only timed need the former alone.
+    """
     seen_shapes, seen_configs = set(), set()
     for case in kernel.cases:
         if jnp.dtype(dtype) not in [jnp.dtype(d) for d in case.dtypes]:
@@ -175,8 +178,8 @@ def _lowerings(kernel: Kernel, dtype: DTypeLike) -> Iterator[tuple[Case, Any, bo
             continue
         seen_shapes.add(shape)
         for i, config in enumerate(on_shapes(kernel.module.candidates, case, dtype)):
-            if i == 0 or config not in seen_configs:
-                yield case, config, case.gradient and i == 0
+            if (i == 0 and not case.bench) or config not in seen_configs:
+                yield case, config, case.gradient and i == 0 and not case.bench
             seen_configs.add(config)
 
 

@@ -1,0 +1,338 @@
+"""Switch Transformer: T5 with a mixture of experts in every second block. Sizes: switch_config.py.
+
+There is no dropout and no router jitter. Sources: Fedus et al., "Switch Transformers: Scaling to Trillion Parameter
+Models with Simple and Efficient Sparsity" (2021), section 2; Raffel et al., "Exploring the Limits of Transfer Learning
+with a Unified Text-to-Text Transformer" (2020), section 2.1, for everything but the experts.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from models.attention import KVCache, place_tokens, write_slots
+from models.layers import RMSNorm, embed, linear
+from models.switch_config import SwitchConfig
+from sparsellm.mixture_of_experts import LinearRouter, MixtureOfExperts, RouterRule
+
+
+class Memory(NamedTuple):
+    """What the decoder reads of the encoder's output: keys and values, one array a decoder layer."""
+
+    keys: tuple[Float[Array, "batch length heads head_dim"], ...]
+    values: tuple[Float[Array, "batch length heads head_dim"], ...]
+    mask: Bool[Array, "batch length"]
+
+
+class Generation(NamedTuple):
+    """What is kept between the tokens of a text."""
+
+    memory: Memory
+    cache: KVCache
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Unread:
+    """The cache before a prompt: room for so many tokens, prompt included."""
+
+    length: int
+
+
+def _initializer(scale: float, **axes: Any) -> nnx.Initializer:
+    return nnx.initializers.variance_scaling(scale, "fan_in", "truncated_normal", **axes)
+
+
+def relative_position_buckets(
+    distance: Int[Array, "queries keys"], *, buckets: int, max_distance: int, bidirectional: bool
+) -> Int[Array, "queries keys"]:
+    """The bucket of each distance (key's position minus query's): one a token nearby, then logarithmically wider ones.
+
+    Source: Raffel et al. (2020), section 2.1, as in mesh_tensorflow's transformer_layers.py.
+    """
+    one_way = buckets // 2 if bidirectional else buckets
+    exact = one_way // 2
+    # The table is made on the host: a logarithm that is one bit off on some device would change a bucket.
+    lengths = np.arange(max_distance + 1)
+    octaves = np.log(np.maximum(lengths, exact) / exact) / np.log(max_distance / exact)
+    wide = np.minimum(exact + (octaves * (one_way - exact)).astype(np.int32), one_way - 1)
+    table = jnp.asarray(np.where(lengths < exact, lengths, wide), jnp.int32)
+    length = jnp.abs(distance) if bidirectional else jnp.maximum(-distance, 0)
+    bucket = table[jnp.minimum(length, max_distance)]
+    return jnp.where(distance > 0, bucket + one_way, bucket) if bidirectional else bucket
+
+
+def _attend(q, k, v, bias, visible):
+    with jax.numpy_dtype_promotion("standard"):  # it promotes bfloat16 scores without saying so
+        return jax.nn.dot_product_attention(q, k, v, bias=bias, mask=visible, scale=1.0)
+
+
+class Attention(nnx.Module):
+    """Attention without biases or a scale of its scores (the initial queries are small instead)."""
+
+    def __init__(self, config: SwitchConfig, *, rngs: nnx.Rngs):
+        self.heads = config.heads
+        width, init = config.heads * config.head_dim, _initializer(config.init_scale)
+        small = _initializer(config.init_scale / config.head_dim)
+        self.q = linear(config, (config.d_model, width), ("embed", "heads"), init=small, rngs=rngs)
+        self.k = linear(config, (config.d_model, width), ("embed", "heads"), init=init, rngs=rngs)
+        self.v = linear(config, (config.d_model, width), ("embed", "heads"), init=init, rngs=rngs)
+        self.o = linear(config, (width, config.d_model), ("heads", "embed"), init=init, rngs=rngs)
+
+    def keys_values(self, x: Float[Array, "batch length d_model"]):
+        """The keys and the values of tokens, each [batch, length, heads, head_dim]."""
+        return self._split(self.k(x)), self._split(self.v(x))
+
+    def __call__(self, x: Float[Array, "batch length d_model"], keys, values, visible, bias=None):
+        """Attends from each token to the visible keys; `bias`, [1, heads, length, keys], is added to the scores."""
+        out = _attend(self._split(self.q(x)), keys, values, bias, visible)
+        return self.o(out.reshape(*x.shape[:2], -1))
+
+    def _split(self, x):
+        return x.reshape(*x.shape[:2], self.heads, -1)
+
+
+class FeedForward(nnx.Module):
+    """wo(relu(wi(x)))."""
+
+    def __init__(self, config: SwitchConfig, *, rngs: nnx.Rngs):
+        init = _initializer(config.init_scale)
+        self.wi = linear(config, (config.d_model, config.d_ff), ("embed", "ffn"), init=init, rngs=rngs)
+        self.wo = linear(config, (config.d_ff, config.d_model), ("ffn", "embed"), init=init, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "batch length d_model"], mask: Bool[Array, "batch length"]):
+        """Padding is fed forward too: what becomes of it is read by nobody."""
+        return self.wo(jax.nn.relu(self.wi(x)))
+
+
+class Experts(MixtureOfExperts):
+    """One such block for each expert, of which a token goes to one; weighted by its router probability."""
+
+    def __init__(self, config: SwitchConfig, *, rngs: nnx.Rngs):
+        limited = config.capacity == "per_sequence"
+        rule = RouterRule(top_k=1, expert_capacity=config.expert_capacity if limited else None, per_sequence=limited)
+        param_dtype = jnp.dtype(config.param_dtype)
+        super().__init__(
+            config.d_model,
+            config.d_ff,
+            LinearRouter(config.d_model, config.experts, rule, param_dtype=param_dtype, rngs=rngs),
+            activation="relu",
+            dtype=jnp.dtype(config.dtype),
+            param_dtype=param_dtype,
+            kernel_init=_initializer(config.init_scale, batch_axis=0),
+            rngs=rngs,
+        )
+
+    def __call__(self, x: Float[Array, "batch length d_model"], mask: Bool[Array, "batch length"]):
+        """Tokens that find their expert full pass it by, weighted all the same."""
+        router = self.route(x, mask)
+        y = self.apply_experts(x, router)
+        if self.router.rule.expert_capacity is None:
+            return y
+        weights = jnp.where(router.mask[:, None] & ~router.kept, router.weights, 0).reshape(*mask.shape, 1)
+        return y + (weights * x.astype(jnp.float32)).astype(y.dtype)
+
+
+class Block(nnx.Module):
+    """Self-attention, in the decoder cross-attention, and a feed-forward block, each around a residual."""
+
+    def __init__(self, config: SwitchConfig, *, decoder: bool, sparse: bool, rngs: nnx.Rngs):
+        self.self_attn = Attention(config, rngs=rngs)
+        self.self_attn_layer_norm = RMSNorm(config, epsilon=config.norm_epsilon, rngs=rngs)
+        if decoder:
+            self.cross_attn = Attention(config, rngs=rngs)
+            self.cross_attn_layer_norm = RMSNorm(config, epsilon=config.norm_epsilon, rngs=rngs)
+        self.mlp = (Experts if sparse else FeedForward)(config, rngs=rngs)
+        self.mlp_layer_norm = RMSNorm(config, epsilon=config.norm_epsilon, rngs=rngs)
+
+    def __call__(
+        self,
+        x: Float[Array, "batch length d_model"],
+        mask,
+        visible,
+        bias,
+        *,
+        slots=None,
+        first_slot: Any = 0,
+        memory=None,
+    ):
+        """One block.
+
+        Args:
+            x: the tokens.
+            mask: which of them are real, [batch, length].
+            visible: True where a token may look at a slot, [batch, 1, 1 or length, slots].
+            bias: of the scores of self-attention, [1, heads, length, slots].
+            slots: keys and values of a cache to write into, or None.
+            first_slot: the slot of the first token.
+            memory: the encoder's keys, values and mask, in the decoder.
+
+        Returns:
+            The output, and the keys and values of all slots.
+        """
+        normed = self.self_attn_layer_norm(x)
+        slots = write_slots(slots, *self.self_attn.keys_values(normed), first_slot)
+        x = x + self.self_attn(normed, *slots, visible, bias)
+        if memory is not None:
+            keys, values, encoder_mask = memory
+            x = x + self.cross_attn(self.cross_attn_layer_norm(x), keys, values, encoder_mask[:, None, None])
+        return x + self.mlp(self.mlp_layer_norm(x), mask), slots
+
+
+class Stack(nnx.Module):
+    """The blocks of the encoder or the decoder, and what they share."""
+
+    def __init__(self, config: SwitchConfig, *, decoder: bool, rngs: nnx.Rngs):
+        self.config, self.decoder = config, decoder
+        layers = config.decoder_layers if decoder else config.encoder_layers
+        step = config.decoder_sparse_step if decoder else config.encoder_sparse_step
+        init = nnx.initializers.normal(config.d_model**-0.5)
+        table = (config.position_buckets, config.heads)
+        self.relative_attention_bias = embed(config, *table, ("buckets", "bias_heads"), init=init, rngs=rngs)
+        self.block = nnx.List(
+            [Block(config, decoder=decoder, sparse=step > 0 and i % step == 1 % step, rngs=rngs) for i in range(layers)]
+        )
+        self.final_layer_norm = RMSNorm(config, epsilon=config.norm_epsilon, rngs=rngs)
+
+    def position_bias(self, queries: Int[Array, " length"], keys: Int[Array, " slots"]):
+        """What the distance between two positions adds to the scores, float32 [1, heads, length, slots]."""
+        buckets = relative_position_buckets(
+            keys[None] - queries[:, None],
+            buckets=self.config.position_buckets,
+            max_distance=self.config.max_distance,
+            bidirectional=not self.decoder,
+        )
+        return jnp.moveaxis(self.relative_attention_bias(buckets).astype(jnp.float32), -1, 0)[None]
+
+
+class SwitchTransformer(nnx.Module):
+    """The encoder-decoder.
+
+    `sparsellm.generation.generate(model, prompts, max_new_tokens=..., eos_id=1, pad_id=0)` encodes the prompts and
+    decodes from the start token on.
+
+    What the routers decided is captured; both auxiliary losses are made of it:
+        logits, captured = nnx.capture(model, nnx.Intermediate)(tokens, decoder_tokens)
+        loss = cross_entropy(logits) + 0.01 * load_balance_loss(captured) + 0.001 * z_loss(captured)
+    """
+
+    def __init__(self, config: SwitchConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        init = nnx.initializers.normal(1.0)
+        self.shared = embed(config, config.vocab_size, config.d_model, ("vocab", "embed"), init=init, rngs=rngs)
+        self.encoder = Stack(config, decoder=False, rngs=rngs)
+        self.decoder = Stack(config, decoder=True, rngs=rngs)
+        if not config.tied:
+            size, init = (config.d_model, config.vocab_size), _initializer(config.init_scale)
+            self.lm_head = linear(config, size, ("embed", "vocab"), init=init, rngs=rngs)
+
+    def __call__(
+        self,
+        tokens: Int[Array, "batch length"],
+        decoder_tokens: Int[Array, "batch decoder_length"],
+        *,
+        mask: Bool[Array, "batch length"] | None = None,
+        decoder_mask: Bool[Array, "batch decoder_length"] | None = None,
+    ) -> Float[Array, "batch decoder_length vocab"]:
+        """Logits of the token after each of the decoder's tokens, float32.
+
+        Args:
+            tokens: what the encoder reads; a token outside the vocabulary gives NaN.
+            decoder_tokens: the text so far, `config.start_id` first.
+            mask: True for real tokens, False for padding on either side; None if all are real.
+            decoder_mask: the same for the decoder. Logits at padding mean nothing.
+        """
+        memory = self.memory(self.encode(tokens, mask=mask), mask=mask)
+        return self.logits(self.decode(decoder_tokens, memory, mask=decoder_mask)[0])
+
+    def encode(
+        self, tokens: Int[Array, "batch length"], *, mask: Bool[Array, "batch length"] | None = None
+    ) -> Float[Array, "batch length d_model"]:
+        """The encoder's output; arguments as of a call."""
+        mask = jnp.ones(tokens.shape, bool) if mask is None else mask
+        positions = jnp.arange(tokens.shape[1])
+        bias = self.encoder.position_bias(positions, positions)
+        x = self.shared(tokens).astype(self.config.dtype)
+        for block in self.encoder.block:
+            x, _ = block(x, mask, mask[:, None, None], bias)
+        return self.encoder.final_layer_norm(x)
+
+    def memory(
+        self, encoded: Float[Array, "batch length d_model"], *, mask: Bool[Array, "batch length"] | None = None
+    ) -> Memory:
+        """The keys and values that every layer of the decoder makes of the encoder's output, once for a whole text."""
+        mask = jnp.ones(encoded.shape[:2], bool) if mask is None else mask
+        keys, values = zip(*(block.cross_attn.keys_values(encoded) for block in self.decoder.block), strict=True)
+        return Memory(keys, values, mask)
+
+    def decode(
+        self,
+        tokens: Int[Array, "batch length"],
+        memory: Memory,
+        *,
+        mask: Bool[Array, "batch length"] | None = None,
+        cache: KVCache | None = None,
+    ) -> tuple[Float[Array, "batch length d_model"], KVCache]:
+        """What `logits` turns into logits, and the cache with these tokens in it (full, where there was none).
+
+        Args:
+            tokens: the decoder's tokens.
+            memory: what `memory` returned.
+            mask: as `decoder_mask` of a call.
+            cache: what `init_decoder_cache` or the last call returned; `tokens` go into its next slots. Slots past its
+                end are not checked: the caller keeps count.
+        """
+        mask = jnp.ones(tokens.shape, bool) if mask is None else mask
+        places = place_tokens(mask, cache)
+        first_slot, slot_mask = places.first_slot, places.slot_mask
+        bias = self.decoder.position_bias(first_slot + jnp.arange(tokens.shape[1]), jnp.arange(slot_mask.shape[1]))
+        x = self.shared(tokens).astype(self.config.dtype)
+        keys_values = []
+        for i, block in enumerate(self.decoder.block):
+            slots = None if cache is None else (cache.keys[i], cache.values[i])
+            read = (memory.keys[i], memory.values[i], memory.mask)
+            x, slots = block(x, mask, places.visible, bias, slots=slots, first_slot=first_slot, memory=read)
+            keys_values.append(slots)
+        keys, values = zip(*keys_values, strict=True)
+        new_cache = KVCache(keys, values, slot_mask, jnp.asarray(first_slot + tokens.shape[1], jnp.int32))
+        return self.decoder.final_layer_norm(x), new_cache
+
+    def logits(self, hidden: Float[Array, "*tokens d_model"]) -> Float[Array, "*tokens vocab"]:
+        """Hidden states times the output projection, in float32."""
+        if self.config.tied:
+            hidden = hidden * jnp.asarray(self.config.d_model**-0.5, hidden.dtype)
+            weight = self.shared.embedding[...].astype(hidden.dtype).T
+        else:
+            weight = self.lm_head.kernel[...].astype(hidden.dtype)
+        return jnp.einsum("...d,dv->...v", hidden, weight, preferred_element_type=jnp.float32)
+
+    def init_decoder_cache(self, batch: int, length: int) -> KVCache:
+        """An empty cache of `length` slots for each of `batch` sequences of the decoder."""
+        c = self.config
+        return KVCache.empty(batch, length, layers=c.decoder_layers, heads=c.heads, head_dim=c.head_dim, dtype=c.dtype)
+
+    def init_cache(self, batch: int, length: int) -> Unread:
+        """For `generate`: a cache for `length` tokens, prompt included."""
+        return Unread(length)
+
+    def hidden_states(
+        self,
+        tokens: Int[Array, "batch length"],
+        *,
+        mask: Bool[Array, "batch length"] | None = None,
+        cache: Unread | Generation | None = None,
+    ) -> tuple[Float[Array, "batch decoder_length d_model"], Generation]:
+        """For `generate`: the first call reads the prompts and gives what follows the start token, others decode."""
+        if not isinstance(cache, Generation):
+            batch, length = tokens.shape
+            memory = self.memory(self.encode(tokens, mask=mask), mask=mask)
+            # The prompt is the encoder's: the decoder needs a slot for the start token instead.
+            slots = 1 + (cache.length - length if cache else 0)
+            cache = Generation(memory, self.init_decoder_cache(batch, slots))
+            tokens, mask = jnp.full((batch, 1), self.config.start_id, jnp.int32), None
+        hidden, decoder_cache = self.decode(tokens, cache.memory, mask=mask, cache=cache.cache)
+        return hidden, Generation(cache.memory, decoder_cache)
