@@ -73,7 +73,8 @@ def candidates(a_t, b, index: MicroTileIndex, zero_elsewhere: bool = False) -> l
                 stages = _stages(block_m, block_n, out_slots, a_t.dtype)
                 shape = {"block_m": block_m, "block_n": block_n, "out_slots": out_slots}
                 if stages >= 3:
-                    configs.append(Config(**shape, stages=stages, longest_first=index.cols > 1))
+                    blocks = {"longest_first": True, "group": 8} if index.cols > 1 else {}
+                    configs.append(Config(**shape, stages=stages, **blocks))
     return configs
 
 

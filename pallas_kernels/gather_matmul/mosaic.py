@@ -4,20 +4,24 @@ One dense tile, three rules for what the producer reads into it: single k by 16-
 everything by TMA where a tile's lists are nearly full.
 
 What was tried on an H200, 4096 cubed in bfloat16, in us (cuBLAS 171 to 175), at 0 / 50 / 90 / 95 / 99% sparsity:
-- 128x1, gathers with the dense rule: 171 / 98 / 29 / 21 / 12.4; 64x1, two lists a tile: 173 / 139 / 38 / 27 / 15.5;
-  64x64: 175 / 140 / 37 / 26 / 19; 128x128: 174 / 92 / 31 / 29 / 24. Without any k: 9.8, of which 7.8 write C.
+- 128x1, gathers with the dense rule: 172 / 98 / 28 / 21 / 12.4; 64x1, two lists a tile: 173 / 128 / 36 / 26 / 15.4;
+  64x64: 171 / 134 / 34 / 25 / 17.6; 128x128: 170 / 92 / 31 / 25 / 17.6. Without any k: 9.8, of which 7.8 write C.
+- Copies that arrive on a barrier by themselves (`tile/gathered.py`): before, the producer waited for its own gathers
+  two stages late, and 128x1 took 30.4 at 90%, 64x1 140 at 50% and 39 at 90%.
 - All entries of a stage loaded before its first copy (a load from shared memory does not move above a copy to it):
   a step of 64 k falls from 0.75 to 0.68 us. Entries by way of registers instead of TMA: another 1 us at 64x1.
 - 8 lanes a row, so that all but the row of an address is constant: -8%. Counts loaded a tile ahead: 64x1 -7%.
+- The last stage trimmed to the next 16 k, by own wgmma instructions: -3% at 90 and 95%, for 100 lines; left out.
 - Stages of 32 k with 64-byte atoms: 290 / 154 / 39 / 25 / 13, as 64-byte atoms multiply slower. Three stages and an
   output buffer for each copy, or six of 32 k: within 5%, worse. block_n 128 costs a third more.
 - Rows of tiles sorted by the length of their lists: 128x128 at 50% 97 -> 92, at 90% 35 -> 31; where all lists are
-  about equal (128x1) the sort itself costs 0.5 to 1 us, so only blocks have it.
+  about equal (128x1) the sort itself costs 0.5 to 1 us, so only blocks have it. Blocks walked 8 rows of tiles at a time
+  instead of 32: 128x128 at 99% 23.6 -> 17.5, 64x64 at 50% 125 -> 134.
 - Blocks by 16-byte copies instead of TMA: 128x128 at 50% 92 -> 96, no gain at 99%.
-What holds it: with nothing multiplied the fill alone takes 0.57 us a step, with nothing copied the products take 0.56;
-together 0.68. Shared memory serves 80 kB of operands to wgmma and takes 48 kB of copies in it. The stores of C add to
-that instead of hiding behind it: 29 us at 90% are 19 of filling, 5 of stores, 5 of contention. Not understood: why a
-few live tiles among empty ones (128x128 at 99%) cost as much as they do.
+What holds it: with nothing multiplied the fill alone takes 0.57 us a step, with nothing copied the products take 0.56.
+Shared memory serves 80 kB of operands to wgmma and takes 48 kB of copies in it. The stores of C add to that instead of
+hiding behind it: about 5 us at 90%. Not understood: why a few live tiles among empty ones (128x128 at 99%) cost as
+much as they do.
 """
 
 import dataclasses
