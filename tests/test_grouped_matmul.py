@@ -16,6 +16,7 @@ from pallas_kernels.grouped_matmul import CASES, candidates, grouped_matmul, pee
 from pallas_kernels.grouped_matmul.mosaic import check_config
 from pallas_kernels.grouped_matmul.reference import _xla
 from pallas_kernels.routing import Routing
+from pallas_kernels.tile import epilogue
 from pallas_kernels.workbench.arguments import split_static
 from pallas_kernels.workbench.timing import jitted
 
@@ -106,6 +107,21 @@ def test_any_counts(seed, counts, top_k, static):
 def test_every_activation(activation, gated):
     args = problem(1, (9, 0, 20, 6), slots=40, top_k=2, gather=True, biased=True, scaled=True)
     assert_right(args, gather=True, scatter=True, activation=activation, gated=gated)
+
+
+def test_the_kernels_activations_are_right_over_float32():
+    x = np.concatenate([np.linspace(-12, 12, 4801), [1e4, -1e4, 3e38, -3e38]]).astype(np.float32)
+    wide = x.astype(np.float64)
+    with np.errstate(over="ignore"):
+        expected = {
+            "gelu": wide * np.array([0.5 * math.erfc(-v / math.sqrt(2)) for v in wide]),
+            "gelu_tanh": 0.5 * wide * (1 + np.tanh(math.sqrt(2 / math.pi) * (wide + 0.044715 * wide**3))),
+            "silu": wide / (1 + np.exp(-wide)),
+        }
+    for name, want in expected.items():
+        got = np.asarray(epilogue.ACTIVATIONS[name](jnp.asarray(x)), np.float64)
+        assert np.all(np.abs(got - want) <= 2e-6 * np.maximum(1, np.abs(want))), name
+        assert np.isnan(epilogue.ACTIVATIONS[name](jnp.float32(jnp.nan)))
 
 
 @pytest.mark.parametrize(
