@@ -55,15 +55,28 @@ def measure(jobs: Sequence[Job]) -> list[Row]:
     Raises:
         RuntimeError: the process failed.
     """
+    return ask("experiments.peers", [dataclasses.asdict(job) for job in jobs], "cuSPARSE and of torch's BSR")
+
+
+def ask(module: str, jobs: Sequence[Row], columns: str) -> list[Row]:
+    """Hands jobs to a module that runs as a process of its own; a row for each, empty where torch is missing.
+
+    Args:
+        module: reads the jobs from stdin, as JSON, and writes a row a line to stdout.
+        jobs: what it can read.
+        columns: what stays empty without torch, for a message.
+
+    Raises:
+        RuntimeError: the process failed.
+    """
     if importlib.util.find_spec("torch") is None:
-        print("torch is not installed: the columns of cuSPARSE and of torch's BSR stay empty", flush=True)
+        print(f"torch is not installed: the columns of {columns} stay empty", flush=True)
         return [{} for _ in jobs]
-    command = [sys.executable, "-m", "experiments.peers"]
-    described = json.dumps([dataclasses.asdict(job) for job in jobs])
-    process = subprocess.run(command, input=described, stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, "-m", module]
+    process = subprocess.run(command, input=json.dumps(jobs), stdout=subprocess.PIPE, text=True)
     rows = [json.loads(line) for line in process.stdout.splitlines() if line.startswith("{")]
     if process.returncode or len(rows) != len(jobs):
-        raise RuntimeError(f"experiments.peers ended with {process.returncode} after {len(rows)} of {len(jobs)} jobs")
+        raise RuntimeError(f"{module} ended with {process.returncode} after {len(rows)} of {len(jobs)} jobs")
     return rows
 
 

@@ -89,6 +89,17 @@ def next_token_loss(
     return jnp.where(mask, nats, 0.0).sum() / jnp.maximum(mask.sum(dtype=jnp.int32), 1).astype(jnp.float32)
 
 
+type Objective = Callable[[nnx.Module, Int32[Array, "batch length_plus_1"]], tuple[Array, dict[str, Array]]]
+
+
+def next_token_objective(
+    model: nnx.Module, windows: Int32[Array, "batch length_plus_1"]
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+    """What a training minimises unless told otherwise: the mean cross-entropy, and the same as the metric "loss"."""
+    loss = next_token_loss(model(windows[:, :-1]), windows[:, 1:])  # pyright: ignore[reportCallIssue]
+    return loss, {"loss": loss}
+
+
 def learning_rate(config: TrainConfig) -> optax.Schedule:
     """The learning rate as a function of the step."""
     return optax.warmup_cosine_decay_schedule(
@@ -114,12 +125,13 @@ def optimizer(config: TrainConfig) -> optax.GradientTransformation:
     )
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
+@functools.partial(jax.jit, static_argnums=(0, 1, 4), donate_argnums=2)
 def train_step(
     graphdef: nnx.GraphDef,
     transformation: optax.GradientTransformation,
     state: TrainState,
     windows: Int32[Array, "batch length_plus_1"],
+    objective: Objective = next_token_objective,
 ) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
     """One optimizer step; `state` is donated.
 
@@ -128,18 +140,19 @@ def train_step(
         transformation: the optimizer (static).
         state: before the step.
         windows: inputs and, one further on, their targets.
+        objective: of model and windows: what to minimise, and metrics (static).
 
     Returns:
-        The state after the step; the loss (nats a token) and the gradient's norm before it.
+        The state after the step; the objective's metrics and the gradient's norm before it.
     """
 
-    def loss(params: nnx.State) -> Float[Array, ""]:
-        return next_token_loss(nnx.merge(graphdef, params)(windows[:, :-1]), windows[:, 1:])
+    def loss(params: nnx.State) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+        return objective(nnx.merge(graphdef, params), windows)
 
-    value, gradient = jax.value_and_grad(loss)(state.params)
+    (_, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(state.params)
     with jax.numpy_dtype_promotion("standard"):  # optax raises a float to the power of its int32 count
         updates, opt_state = transformation.update(gradient, state.opt_state, state.params)
-    metrics = {"loss": value, "gradient_norm": optax.tree.norm(gradient)}
+    metrics = {**metrics, "gradient_norm": optax.tree.norm(gradient)}
     params = cast(nnx.State, optax.apply_updates(state.params, updates))
     return TrainState(params, opt_state), metrics
 
@@ -150,6 +163,7 @@ def train(
     config: TrainConfig,
     folder: str | Path,
     *,
+    objective: Objective = next_token_objective,
     report: Callable[[Metrics], None] | None = None,
 ) -> list[Metrics]:
     """Trains `model` in place, from the last checkpoint in `folder` if there is one.
@@ -162,10 +176,12 @@ def train(
         batches: the windows of each step.
         config: how.
         folder: of this training run.
+        objective: what to minimise, as of `train_step`; its metrics hold the "loss" that has to stay finite.
         report: called after every step with its metrics, and once with the last ones of a training that is continued.
 
     Returns:
-        The metrics of every step from the first: step (from 1), loss, gradient_norm, seconds (of that step).
+        The metrics of every step from the first: step (from 1), the objective's (loss), gradient_norm, seconds (of that
+        step).
 
     Raises:
         OSError: no disk space is left for a checkpoint (the one before it is kept).
@@ -186,7 +202,7 @@ def train(
         with open(folder / "metrics.jsonl", "a") as file:
             for step in range(done + 1, config.steps + 1):
                 start = time.perf_counter()
-                state, values = train_step(graphdef, transformation, state, jnp.asarray(batches[step - 1]))
+                state, values = train_step(graphdef, transformation, state, jnp.asarray(batches[step - 1]), objective)
                 row = {"step": step, **{name: float(value) for name, value in values.items()}}
                 row["seconds"] = time.perf_counter() - start
                 if not np.isfinite(row["loss"]):

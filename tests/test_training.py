@@ -219,3 +219,14 @@ def test_wrong_configs_and_losses_are_refused(tmp_path):
     model.out.bias[...] = jnp.full((VOCAB,), jnp.nan)
     with pytest.raises(FloatingPointError, match="must be finite; got nan at step 1"):
         training.train(model, batches(), config(), tmp_path)
+
+
+def test_an_objective_decides_what_is_minimised(tmp_path):
+    def twice(model, windows):
+        loss, metrics = training.next_token_objective(model, windows)
+        return 2 * loss, metrics | {"twice": 2 * loss}
+
+    metrics = training.train(bigram(), batches(), config(steps=3), tmp_path / "twice", objective=twice)
+    plain = training.train(bigram(), batches(), config(steps=3), tmp_path / "plain")
+    assert metrics[0]["twice"] == 2 * metrics[0]["loss"] == 2 * plain[0]["loss"]
+    assert metrics[0]["gradient_norm"] == pytest.approx(2 * plain[0]["gradient_norm"], rel=1e-5)

@@ -1,0 +1,258 @@
+"""How quick is a whole model of experts, and how much memory does it take, against one in plain XLA and in PyTorch?
+
+Switch Transformers (base) and Swin-MoE (base) of the published sizes, with random weights made on the device. Timed is
+one forward pass, wall-clock, from token ids or images on the device to logits: for Switch the encoder over 128 tokens
+and the decoder over 128 (teacher-forced), as in PIT's tables; for Swin-MoE images of 192 x 192. Memory is what XLA says
+its program takes at once (weights, inputs, outputs, temporaries), and the most that torch had allocated. The same
+weights run in our kernels and in plain XLA, and their logits are compared; transformers makes its own.
+
+    python -m experiments moe_inference --keep        about 3 minutes on an H200
+
+Routers are made as sure as trained ones (the largest probability is near one), so that a wrong expert shows in the
+logits: one wrong layer changes them by a fifth and more. Rounding sends some tokens that are near a tie elsewhere, and
+more from layer to layer, hence the check: the median row of logits, which in bfloat16 moves by one or two percent.
+"""
+
+import dataclasses
+import functools
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from experiments import moe, moe_peers
+from experiments.runs import Row, Run, markdown_table
+from models.swin_moe import SwinMoE, SwinMoEConfig
+from models.switch_checkpoint import ARCHITECTURE
+from models.switch_config import SwitchConfig
+from models.switch_transformer import SwitchTransformer
+from pallas_kernels.workbench.timing import Timer
+from sparsellm.mixture_of_experts import MixtureOfExperts
+
+BASELINES = tuple(variant for variant in moe.VARIANTS if variant != "sparse")
+PEERS = {"xla": "XLA", "one_hot": "XLA, one-hot", "transformers": "transformers, torch"}
+SURE = 4.0  # what the initial routers' logits are multiplied by
+TOLERANCES = {"bfloat16": 5e-2, "float16": 2e-2, "float32": 1e-3}  # rounding adds up over a network
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Options of moe_inference.
+
+    Attributes:
+        models: "switch-" or "swin-" and a preset's name.
+        batches: sequences or images at once.
+        dtypes: of weights and activations: bfloat16 or float32.
+        length: tokens that Switch's encoder reads, and its decoder.
+        baselines: what to compare with: xla (our layers without kernels), one_hot (every expert on every token).
+        repeats: timed calls.
+        seed: of weights and inputs.
+        no_peers: leave out what needs torch.
+    """
+
+    models: tuple[str, ...] = tuple(f"switch-base-{e}" for e in (64, 128, 256)) + tuple(
+        f"swin-base-{e}" for e in (8, 16, 32)
+    )
+    batches: tuple[int, ...] = (8, 32)
+    dtypes: tuple[str, ...] = ("bfloat16",)
+    length: int = 128
+    baselines: tuple[str, ...] = ("xla",)
+    repeats: int = 10
+    seed: int = 0
+    no_peers: bool = False
+
+    @classmethod
+    def smoke(cls) -> "Config":
+        """A tiny model."""
+        return cls(models=("switch-tiny",), batches=(2,), dtypes=("float32",), length=8, repeats=2, no_peers=True)
+
+
+def run(config: Config, run: Run) -> list[Row]:
+    """A row for each model, dtype and batch."""
+    rows = measure(config, run)
+    text, figures = readme({"rows": rows})
+    for name, content in figures.items():
+        run.write(name, content)
+    print(text)
+    return rows
+
+
+def measure(config: Config, run: Run, timer: Timer = moe.wall_clock) -> list[Row]:
+    """Times and checks every model; peers first, while little else is on the GPU.
+
+    Raises:
+        ValueError: an option is empty or holds what it must not.
+        RuntimeError: the logits of two ways to compute a model differ.
+    """
+    _check(config)
+    jobs = [(model, dtype) for model in config.models for dtype in config.dtypes]
+    of_peers = {
+        job: moe.remembered(run, f"peers_{'_'.join(job)}", functools.partial(measure_peers, config, *job))
+        for job in jobs
+    }
+    rows = []
+    for model, dtype in jobs:
+        compute = functools.partial(measure_model, config, model, dtype, timer)
+        for row in moe.remembered(run, f"rows_{model}_{dtype}", compute):
+            prefix, theirs = f"{row['batch']}_", of_peers[model, dtype].items()
+            row |= {f"transformers_{k.removeprefix(prefix)}": v for k, v in theirs if k.startswith(prefix)}
+            rows.append(row)
+            times = ", ".join(f"{name} {value}" for name, value in row.items() if name.endswith(("_ms", "_gib")))
+            print(f"{_label(row)}: {times}", flush=True)
+    return rows
+
+
+def _check(config: Config) -> None:
+    for name, known in (("dtypes", tuple(TOLERANCES)), ("baselines", BASELINES)):
+        chosen = getattr(config, name)
+        if not chosen or not set(chosen) <= set(known):
+            raise ValueError(f"{name} must be some of {', '.join(known)}; got {', '.join(chosen) or 'none'}")
+    for name in ("batches", "models"):
+        if not getattr(config, name):
+            raise ValueError(f"{name} must hold something; got none")
+    for model in config.models:
+        for dtype in config.dtypes:
+            model_config(model, dtype)
+
+
+def model_config(model: str, dtype: str) -> SwitchConfig | SwinMoEConfig:
+    """The published configuration, with initial weights that let experts show in the logits.
+
+    Raises:
+        ValueError: there is no such model.
+    """
+    family, _, size = model.partition("-")
+    dtypes = {"dtype": dtype, "param_dtype": dtype}
+    if family == "switch":
+        return SwitchConfig.preset(size, init_scale=1.0, **dtypes)
+    if family == "swin":
+        return SwinMoEConfig.preset(size, init_std=0.02, **dtypes)
+    raise ValueError(f"models must start with switch- or swin-; got {model!r}")
+
+
+def measure_peers(config: Config, model: str, dtype: str) -> Row:
+    """Times and memory of transformers' model, a process for each so that memory is its own; empty for Swin-MoE."""
+    sizes = model_config(model, dtype)
+    if config.no_peers or not isinstance(sizes, SwitchConfig):
+        return {}
+    batches = sorted(config.batches)
+    fields = ARCHITECTURE.write_config(sizes)
+    job = moe_peers.Model(config=fields, dtype=dtype, batches=batches, length=config.length, repeats=config.repeats)
+    return moe_peers.measure_model(job)
+
+
+def measure_model(config: Config, model: str, dtype: str, timer: Timer) -> list[Row]:
+    """Times and checks one model on every batch."""
+    sizes = model_config(model, dtype)
+    network = make(sizes, config.seed)
+    return [_measure(config, model, dtype, network, inputs(sizes, batch, config), timer) for batch in config.batches]
+
+
+def make(sizes: SwitchConfig | SwinMoEConfig, seed: int) -> SwitchTransformer | SwinMoE:
+    """The model, with routers that are sure."""
+    rngs = nnx.Rngs(seed)
+    network = SwitchTransformer(sizes, rngs=rngs) if isinstance(sizes, SwitchConfig) else SwinMoE(sizes, rngs=rngs)
+    for _, layer in list(nnx.iter_modules(network)):
+        if isinstance(layer, MixtureOfExperts):
+            kernel = layer.router.kernel  # LinearRouter's: lecun_normal gives logits of variance one
+            scale = SURE / (jnp.std(kernel[...].astype(jnp.float32)) * layer.d_model**0.5)
+            kernel[...] = kernel[...] * scale.astype(kernel.dtype)
+    return network
+
+
+def inputs(sizes: SwitchConfig | SwinMoEConfig, batch: int, config: Config) -> list[Array]:
+    """Random tokens of the encoder and of the decoder, or random images."""
+    key = jax.random.key(config.seed)
+    if isinstance(sizes, SwitchConfig):
+        return list(jax.random.randint(key, (2, batch, config.length), 0, sizes.vocab_size))
+    return [jax.random.normal(key, (batch, sizes.image_size, sizes.image_size, sizes.channels), sizes.dtype)]
+
+
+def _measure(config: Config, model: str, dtype: str, network: nnx.Module, arrays: list[Array], timer: Timer) -> Row:
+    row: Row = {"model": model, "experts": _experts(network), "batch": len(arrays[0]), "dtype": dtype}
+    outputs = {}
+    for variant in ("sparse", *config.baselines):
+        params, compiled = _compiled(moe.with_experts(network, variant), arrays)
+        outputs[variant], times = timer(compiled, [params, *arrays], config.repeats)
+        prefix = "" if variant == "sparse" else f"{variant}_"
+        row[f"{prefix}time_ms"] = round(statistics.median(times) / 1e3, 3)
+        row[f"{prefix}memory_gib"] = round(_memory(compiled) / 2**30, 3)
+    error = max(float(median_error(outputs["sparse"], outputs[baseline])) for baseline in config.baselines)
+    if not error <= TOLERANCES[dtype]:
+        raise RuntimeError(f"{model} in {dtype}: logits differ by {error:.1e}, above {TOLERANCES[dtype]}")
+    return row | {"error": error}
+
+
+def _compiled(network: nnx.Module, arrays: list[Array]) -> tuple[list[Array], Callable[..., Any]]:
+    """Its parameters, and the forward pass as a function of these and the inputs."""
+    graphdef, params = nnx.split(network)
+    leaves, tree = jax.tree.flatten(params)  # a list is handed over quickly, a state in milliseconds
+    forward = jax.jit(lambda leaves, *arrays: nnx.merge(graphdef, jax.tree.unflatten(tree, leaves))(*arrays))
+    return leaves, forward.lower(leaves, *arrays).compile()
+
+
+def _memory(compiled: Any) -> int:
+    """Bytes that the program holds at once, its arguments among them."""
+    found = compiled.memory_analysis()
+    buffers = found.argument_size_in_bytes + found.output_size_in_bytes + found.temp_size_in_bytes
+    return buffers - found.alias_size_in_bytes
+
+
+def _experts(network: nnx.Module) -> int:
+    found = (layer for _, layer in nnx.iter_modules(network) if isinstance(layer, MixtureOfExperts))
+    return max(layer.router.experts for layer in found)
+
+
+@jax.jit
+def median_error(out: Float[Array, "*rows logits"], expected: Float[Array, "*rows logits"]) -> Float[Array, ""]:
+    """The median over rows of the relative error of a row's logits; NaN where anything is."""
+    error = jnp.linalg.norm(out - expected, axis=-1) / jnp.linalg.norm(expected, axis=-1)
+    return jnp.median(error)
+
+
+def readme(result: dict[str, Any]) -> tuple[str, dict[str, bytes]]:
+    """Latency and memory of every model next to its peers', and a figure of the latency."""
+    from experiments import figures
+
+    rows = result["rows"]
+    peers = {peer: name for peer, name in PEERS.items() if any(row.get(f"{peer}_time_ms") for row in rows)}
+    cells = [
+        [row["model"], row["batch"], row["dtype"], f"{row['time_ms']:.1f}"]
+        + [_number(row, f"{peer}_time_ms", "{:.1f}") for peer in peers]
+        + [_number(row, f"{peer}_memory_gib".lstrip("_"), "{:.2f}") for peer in ("", *peers)]
+        + [f"{row['error']:.0e}"]
+        for row in rows
+    ]
+    names = [*peers.values()]
+    header = ["model", "batch", "dtype", "ms", *(f"{name} (ms)" for name in names)]
+    header += ["GiB", *(f"{name} (GiB)" for name in names), "error"]
+    height = 1.2 + 0.22 * len(rows)
+    drawn = figures.draw(lambda axes: _plot(axes, rows, peers), size=(7.6, height))
+    return markdown_table(cells, header), {"moe_inference.png": drawn}
+
+
+def _number(row: Row, name: str, shown: str) -> str:
+    return shown.format(row[name]) if row.get(name) else "–"
+
+
+def _label(row: Row) -> str:
+    return f"{row['model']}, batch {row['batch']}, {row['dtype']}"
+
+
+def _plot(axes, rows: list[Row], peers: dict[str, str]) -> None:
+    from experiments import figures
+
+    colours = dict(zip(PEERS, (figures.GREEN, figures.PINK, figures.ORANGE), strict=True))
+    for name, colour in [(name, colours[name]) for name in peers] + [("", figures.BLUE)]:
+        column = f"{name}_time_ms".lstrip("_")
+        own = [(row[column], place) for place, row in enumerate(rows) if row.get(column)]
+        axes.plot(*zip(*own, strict=True), "o", color=colour, label=peers.get(name, "ours"))
+    axes.set(title="A forward pass", xlabel="time (ms)", xscale="log")
+    axes.set(yticks=range(len(rows)), yticklabels=map(_label, rows))
+    axes.invert_yaxis()
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
