@@ -5,9 +5,12 @@ with experts that are equally popular and with few that are (Zipf's law); and on
 in the same run: the layer by XLA's ragged_dot and by dense one-hot dispatch, torch's grouped product with the same
 steps around it, and cuBLAS's batched products on balanced experts without any routing. Every row is checked.
 
-    python -m experiments moe_layer --keep        about 3 minutes on an H200
+    python -m experiments moe_layer --keep        5 minutes on an H200, of which torch's are two
 
 The check is the relative error of 256 tokens against a float32 loop over experts, and that two runs agree to the bit.
+
+Expected there: 1.1 to 2.9 times as quick as torch's layer, 80 to 93% of the bound where few tokens share an expert's
+weights, 500 to 700 TFLOP/s where many do; Zipf's law costs at most a fifth over equal popularity.
 """
 
 import dataclasses
