@@ -16,6 +16,7 @@ from models.attention import KVCache, Places, attend, place_tokens, write_slots
 from models.config import check_dtypes, check_sizes
 from models.layers import RMSNorm, embed, linear
 from sparsellm.mixture_of_experts import LinearRouter, MixtureOfExperts, RouterRule
+from sparsellm.packing import Packing
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -135,8 +136,8 @@ class Attention(nnx.Module):
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
         q, k = (rotate(x, places.positions, self.config.rope_theta) for x in (q, k))
-        k, v = write_slots(slots, k, v, places.first_slot)
-        return self.o_proj(attend(q, k, v, places.visible).reshape(*x.shape[:2], -1)), (k, v)
+        k, v = write_slots(slots, k, v, places)
+        return self.o_proj(attend(q, k, v, places).reshape(*x.shape[:2], -1)), (k, v)
 
 
 class DecoderLayer(nnx.Module):
@@ -161,11 +162,11 @@ class DecoderLayer(nnx.Module):
             rngs=rngs,
         )
 
-    def __call__(self, x: Float[Array, "batch length d_model"], mask: Bool[Array, "batch length"], places, slots):
+    def __call__(self, x: Float[Array, "batch length d_model"], places: Places, slots):
         """Returns the layer's output, and the keys and values of all slots."""
         y, slots = self.self_attn(self.input_layernorm(x), places, slots)
         x = x + y
-        return x + self.block_sparse_moe(self.post_attention_layernorm(x), mask), slots
+        return x + self.block_sparse_moe(self.post_attention_layernorm(x), places.mask), slots
 
 
 class Mixtral(nnx.Module):
@@ -187,6 +188,7 @@ class Mixtral(nnx.Module):
         tokens: Int[Array, "batch length"],
         *,
         mask: Bool[Array, "batch length"] | None = None,
+        packing: Packing | None = None,
         cache: KVCache | None = None,
     ):
         """Logits of the token after each token.
@@ -195,6 +197,8 @@ class Mixtral(nnx.Module):
             tokens: token ids; one outside the vocabulary gives NaN.
             mask: True for real tokens, False for padding on either side, which goes to no expert; None if all are
                 real. Logits at padding mean nothing.
+            packing: where `tokens` belong if they are a packed batch, [1, packed], as logits then are: see
+                `sparsellm.packing.pack`.
             cache: what `init_cache` or the last call returned; `tokens` go into its next slots. Slots past its end
                 are not checked: the caller keeps count.
 
@@ -202,9 +206,9 @@ class Mixtral(nnx.Module):
             Logits, float32 [batch, length, vocab]; with a cache, the pair of logits and the new cache.
 
         Raises:
-            ValueError: there are more tokens than positions, and no mask.
+            ValueError: there are more tokens than positions, and no mask; or a mask and a packing.
         """
-        hidden, new_cache = self.hidden_states(tokens, mask=mask, cache=cache)
+        hidden, new_cache = self.hidden_states(tokens, mask=mask, packing=packing, cache=cache)
         logits = self.logits(hidden)
         return logits if cache is None else (logits, new_cache)
 
@@ -213,25 +217,24 @@ class Mixtral(nnx.Module):
         tokens: Int[Array, "batch length"],
         *,
         mask: Bool[Array, "batch length"] | None = None,
+        packing: Packing | None = None,
         cache: KVCache | None = None,
     ) -> tuple[Float[Array, "batch length d_model"], KVCache | None]:
         """What `logits` turns into logits, and the new cache; arguments as of a call."""
-        if mask is None:
-            if tokens.shape[1] > self.config.max_length:
-                raise ValueError(f"length must be at most max_length={self.config.max_length}; got {tokens.shape[1]}")
-            mask = jnp.ones(tokens.shape, bool)
-        places = place_tokens(mask, cache, window=self.config.sliding_window)
+        if mask is None and packing is None and tokens.shape[1] > self.config.max_length:
+            raise ValueError(f"length must be at most max_length={self.config.max_length}; got {tokens.shape[1]}")
+        places = place_tokens(tokens, mask, packing, cache, window=self.config.sliding_window)
         x = self.embed_tokens(tokens).astype(jnp.dtype(self.config.dtype))
         keys_values = []
         for i, layer in enumerate(self.layers):
             slots = None if cache is None else (cache.keys[i], cache.values[i])
-            x, slots = layer(x, mask, places, slots)
+            x, slots = layer(x, places, slots)
             keys_values.append(slots)
         x = self.norm(x)
         if cache is None:
             return x, None
         keys, values = zip(*keys_values, strict=True)
-        return x, KVCache(keys, values, places.slot_mask, cache.filled + tokens.shape[1])
+        return x, KVCache(keys, values, places.slot_mask, jnp.asarray(places.next_slot, jnp.int32))
 
     def logits(self, hidden: Float[Array, "*tokens d_model"]) -> Float[Array, "*tokens vocab"]:
         """Hidden states times the output projection, in float32."""

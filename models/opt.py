@@ -12,11 +12,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from models.attention import KVCache, attend, place_tokens, write_slots
+from models.attention import KVCache, Places, attend, place_tokens, write_slots
 from models.config import check_dtypes, check_sizes
 from models.layers import embed, linear
 from pallas_kernels import gather_matmul, relu_matmul
 from pallas_kernels.micro_tile_index import ROWS
+from sparsellm.packing import Packing
 from sparsellm.sharding import sharded
 
 ACTIVATIONS = {"relu": jax.nn.relu, "gelu": jax.nn.gelu, "silu": jax.nn.silu}
@@ -131,21 +132,20 @@ class Attention(nnx.Module):
         self.v_proj = linear(config, square, ("embed", "heads"), bias=True, rngs=rngs)
         self.out_proj = linear(config, square, ("heads", "embed"), init=_output_init(config), bias=True, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "batch length d_model"], visible, slots, first_slot):
+    def __call__(self, x: Float[Array, "batch length d_model"], places: Places, slots):
         """Attends from each token to the visible slots.
 
         Args:
             x: the tokens.
-            visible: True where a token may look at a slot, [batch, 1, length, slots].
+            places: where they stand.
             slots: keys and values of a cache to write into, or None.
-            first_slot: the slot of the first token.
 
         Returns:
             The output, and the keys and values of all slots.
         """
         q, k, v = (proj(x).reshape(*x.shape[:2], self.heads, -1) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        k, v = write_slots(slots, k, v, first_slot)
-        return self.out_proj(attend(q, k, v, visible).reshape(x.shape)), (k, v)
+        k, v = write_slots(slots, k, v, places)
+        return self.out_proj(attend(q, k, v, places).reshape(x.shape)), (k, v)
 
 
 class DecoderLayer(nnx.Module):
@@ -160,12 +160,12 @@ class DecoderLayer(nnx.Module):
         self.fc2 = linear(config, out, ("ffn", "embed"), init=init, bias=True, rngs=rngs)
         self.final_layer_norm = LayerNorm(config, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "batch length d_model"], mask, visible, slots, first_slot):
+    def __call__(self, x: Float[Array, "batch length d_model"], places: Places, slots):
         """Returns the layer's output, and the keys and values of all slots."""
         pre_norm = self.config.pre_norm
-        y, slots = self.self_attn(self.self_attn_layer_norm(x) if pre_norm else x, visible, slots, first_slot)
+        y, slots = self.self_attn(self.self_attn_layer_norm(x) if pre_norm else x, places, slots)
         x = x + y if pre_norm else self.self_attn_layer_norm(x + y)
-        y = self.feed_forward(self.final_layer_norm(x) if pre_norm else x, mask)
+        y = self.feed_forward(self.final_layer_norm(x) if pre_norm else x, places.mask)
         x = x + y if pre_norm else self.final_layer_norm(x + y)
         return x, slots
 
@@ -217,6 +217,7 @@ class OPT(nnx.Module):
         tokens: Int[Array, "batch length"],
         *,
         mask: Bool[Array, "batch length"] | None = None,
+        packing: Packing | None = None,
         cache: KVCache | None = None,
     ):
         """Logits of the token after each token.
@@ -225,6 +226,8 @@ class OPT(nnx.Module):
             tokens: token ids; one outside the vocabulary gives NaN.
             mask: True for real tokens, False for padding on either side; None if all are real. Logits at padding mean
                 nothing. A row with more real tokens than `max_length` gives NaN: the mask is data, so no error.
+            packing: where `tokens` belong if they are a packed batch, [1, packed], as logits then are: see
+                `sparsellm.packing.pack`.
             cache: what `init_cache` or the last call returned; `tokens` go into its next slots. Slots past its end
                 are not checked: the caller keeps count.
 
@@ -232,9 +235,9 @@ class OPT(nnx.Module):
             Logits, float32 [batch, length, vocab]; with a cache, the pair of logits and the new cache.
 
         Raises:
-            ValueError: there are more tokens than positions, and no mask.
+            ValueError: there are more tokens than positions, and no mask; or a mask and a packing.
         """
-        hidden, new_cache = self.hidden_states(tokens, mask=mask, cache=cache)
+        hidden, new_cache = self.hidden_states(tokens, mask=mask, packing=packing, cache=cache)
         logits = self.logits(hidden)
         return logits if cache is None else (logits, new_cache)
 
@@ -243,15 +246,14 @@ class OPT(nnx.Module):
         tokens: Int[Array, "batch length"],
         *,
         mask: Bool[Array, "batch length"] | None = None,
+        packing: Packing | None = None,
         cache: KVCache | None = None,
     ) -> tuple[Float[Array, "batch length d_model"], KVCache | None]:
         """What `logits` turns into logits, and the new cache; arguments as of a call."""
-        if mask is None:
-            if tokens.shape[1] > self.config.max_length:
-                raise ValueError(f"length must be at most max_length={self.config.max_length}; got {tokens.shape[1]}")
-            mask = jnp.ones(tokens.shape, bool)
-        places = place_tokens(mask, cache)
-        positions = jnp.where(mask, places.positions + POSITION_OFFSET, 0)
+        if mask is None and packing is None and tokens.shape[1] > self.config.max_length:
+            raise ValueError(f"length must be at most max_length={self.config.max_length}; got {tokens.shape[1]}")
+        places = place_tokens(tokens, mask, packing, cache)
+        positions = jnp.where(places.mask, places.positions + POSITION_OFFSET, 0)
         dtype = jnp.dtype(self.config.dtype)
         x = self.embed_tokens(tokens).astype(dtype)
         x = self.project_in(x) if hasattr(self, "project_in") else x
@@ -259,13 +261,13 @@ class OPT(nnx.Module):
         keys_values = []
         for i, layer in enumerate(self.layers):
             slots = None if cache is None else (cache.keys[i], cache.values[i])
-            x, slots = layer(x, mask, places.visible, slots, places.first_slot)
+            x, slots = layer(x, places, slots)
             keys_values.append(slots)
         x = self.final_layer_norm(x) if self.config.pre_norm else x
         if cache is None:
             return x, None
         keys, values = zip(*keys_values, strict=True)
-        return x, KVCache(keys, values, places.slot_mask, cache.filled + tokens.shape[1])
+        return x, KVCache(keys, values, places.slot_mask, jnp.asarray(places.next_slot, jnp.int32))
 
     def logits(self, hidden: Float[Array, "*tokens d_model"]) -> Float[Array, "*tokens vocab"]:
         """Hidden states times the (tied) token embedding, in float32."""

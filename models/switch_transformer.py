@@ -14,10 +14,11 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from models.attention import KVCache, place_tokens, write_slots
+from models.attention import KVCache, Places, attend, padded, place_tokens, write_slots
 from models.layers import RMSNorm, embed, linear
 from models.switch_config import SwitchConfig
 from sparsellm.mixture_of_experts import LinearRouter, MixtureOfExperts, RouterRule
+from sparsellm.packing import Packing
 
 
 class Memory(NamedTuple):
@@ -66,11 +67,6 @@ def relative_position_buckets(
     return jnp.where(distance > 0, bucket + one_way, bucket) if bidirectional else bucket
 
 
-def _attend(q, k, v, bias, visible):
-    with jax.numpy_dtype_promotion("standard"):  # it promotes bfloat16 scores without saying so
-        return jax.nn.dot_product_attention(q, k, v, bias=bias, mask=visible, scale=1.0)
-
-
 class Attention(nnx.Module):
     """Attention without biases or a scale of its scores (the initial queries are small instead)."""
 
@@ -87,9 +83,9 @@ class Attention(nnx.Module):
         """The keys and the values of tokens, each [batch, length, heads, head_dim]."""
         return self._split(self.k(x)), self._split(self.v(x))
 
-    def __call__(self, x: Float[Array, "batch length d_model"], keys, values, visible, bias=None):
+    def __call__(self, x: Float[Array, "batch length d_model"], keys, values, places: Places, bias=None):
         """Attends from each token to the visible keys; `bias`, [1, heads, length, keys], is added to the scores."""
-        out = _attend(self._split(self.q(x)), keys, values, bias, visible)
+        out = attend(self._split(self.q(x)), keys, values, places, bias=bias, scale=1.0)
         return self.o(out.reshape(*x.shape[:2], -1))
 
     def _split(self, x):
@@ -104,7 +100,7 @@ class FeedForward(nnx.Module):
         self.wi = linear(config, (config.d_model, config.d_ff), ("embed", "ffn"), init=init, rngs=rngs)
         self.wo = linear(config, (config.d_ff, config.d_model), ("ffn", "embed"), init=init, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "batch length d_model"], mask: Bool[Array, "batch length"]):
+    def __call__(self, x: Float[Array, "batch length d_model"], places: Places):
         """Padding is fed forward too: what becomes of it is read by nobody."""
         return self.wo(jax.nn.relu(self.wi(x)))
 
@@ -127,14 +123,17 @@ class Experts(MixtureOfExperts):
             rngs=rngs,
         )
 
-    def __call__(self, x: Float[Array, "batch length d_model"], mask: Bool[Array, "batch length"]):
+    def __call__(self, x: Float[Array, "batch length d_model"], places: Places):
         """Tokens that find their expert full pass it by, weighted all the same."""
-        router = self.route(x, mask)
-        y = self.apply_experts(x, router)
         if self.router.rule.expert_capacity is None:
-            return y
-        weights = jnp.where(router.mask[:, None] & ~router.kept, router.weights, 0).reshape(*mask.shape, 1)
-        return y + (weights * x.astype(jnp.float32)).astype(y.dtype)
+            return super().__call__(x, places.mask)
+        # The capacity is that of a sequence, and so of a row of the padded batch.
+        rows = padded(x, places.packing)
+        router = self.route(rows, padded(places.mask, places.packing))
+        y = self.apply_experts(rows, router)
+        weights = jnp.where(router.mask[:, None] & ~router.kept, router.weights, 0).reshape(*rows.shape[:2], 1)
+        y += (weights * rows.astype(jnp.float32)).astype(y.dtype)
+        return y if places.packing is None else places.packing.pack(y)
 
 
 class Block(nnx.Module):
@@ -152,35 +151,32 @@ class Block(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "batch length d_model"],
-        mask,
-        visible,
+        places: Places,
         bias,
         *,
         slots=None,
-        first_slot: Any = 0,
         memory=None,
     ):
         """One block.
 
         Args:
             x: the tokens.
-            mask: which of them are real, [batch, length].
-            visible: True where a token may look at a slot, [batch, 1, 1 or length, slots].
+            places: where they stand.
             bias: of the scores of self-attention, [1, heads, length, slots].
             slots: keys and values of a cache to write into, or None.
-            first_slot: the slot of the first token.
             memory: the encoder's keys, values and mask, in the decoder.
 
         Returns:
             The output, and the keys and values of all slots.
         """
         normed = self.self_attn_layer_norm(x)
-        slots = write_slots(slots, *self.self_attn.keys_values(normed), first_slot)
-        x = x + self.self_attn(normed, *slots, visible, bias)
+        slots = write_slots(slots, *self.self_attn.keys_values(normed), places)
+        x = x + self.self_attn(normed, *slots, places, bias)
         if memory is not None:
             keys, values, encoder_mask = memory
-            x = x + self.cross_attn(self.cross_attn_layer_norm(x), keys, values, encoder_mask[:, None, None])
-        return x + self.mlp(self.mlp_layer_norm(x), mask), slots
+            read = places._replace(visible=encoder_mask[:, None, None], lengths=None)
+            x = x + self.cross_attn(self.cross_attn_layer_norm(x), keys, values, read)
+        return x + self.mlp(self.mlp_layer_norm(x), places), slots
 
 
 class Stack(nnx.Module):
@@ -233,11 +229,13 @@ class SwitchTransformer(nnx.Module):
     def __call__(
         self,
         tokens: Int[Array, "batch length"],
-        decoder_tokens: Int[Array, "batch decoder_length"],
+        decoder_tokens: Int[Array, "rows decoder_length"],
         *,
         mask: Bool[Array, "batch length"] | None = None,
-        decoder_mask: Bool[Array, "batch decoder_length"] | None = None,
-    ) -> Float[Array, "batch decoder_length vocab"]:
+        decoder_mask: Bool[Array, "rows decoder_length"] | None = None,
+        packing: Packing | None = None,
+        decoder_packing: Packing | None = None,
+    ) -> Float[Array, "rows decoder_length vocab"]:
         """Logits of the token after each of the decoder's tokens, float32.
 
         Args:
@@ -245,28 +243,45 @@ class SwitchTransformer(nnx.Module):
             decoder_tokens: the text so far, `config.start_id` first.
             mask: True for real tokens, False for padding on either side; None if all are real.
             decoder_mask: the same for the decoder. Logits at padding mean nothing.
+            packing: where `tokens` belong if they are a packed batch, [1, packed]: see `sparsellm.packing.pack`.
+            decoder_packing: the same for the decoder, of as many sequences.
+
+        Raises:
+            ValueError: there are both a mask and a packing, or tokens are not the packing's.
         """
-        memory = self.memory(self.encode(tokens, mask=mask), mask=mask)
-        return self.logits(self.decode(decoder_tokens, memory, mask=decoder_mask)[0])
+        memory = self.memory(self.encode(tokens, mask=mask, packing=packing), mask=mask, packing=packing)
+        return self.logits(self.decode(decoder_tokens, memory, mask=decoder_mask, packing=decoder_packing)[0])
 
     def encode(
-        self, tokens: Int[Array, "batch length"], *, mask: Bool[Array, "batch length"] | None = None
+        self,
+        tokens: Int[Array, "batch length"],
+        *,
+        mask: Bool[Array, "batch length"] | None = None,
+        packing: Packing | None = None,
     ) -> Float[Array, "batch length d_model"]:
         """The encoder's output; arguments as of a call."""
-        mask = jnp.ones(tokens.shape, bool) if mask is None else mask
-        positions = jnp.arange(tokens.shape[1])
+        places = place_tokens(tokens, mask, packing, causal=False)
+        positions = jnp.arange(places.next_slot)
         bias = self.encoder.position_bias(positions, positions)
         x = self.shared(tokens).astype(self.config.dtype)
         for block in self.encoder.block:
-            x, _ = block(x, mask, mask[:, None, None], bias)
+            x, _ = block(x, places, bias)
         return self.encoder.final_layer_norm(x)
 
     def memory(
-        self, encoded: Float[Array, "batch length d_model"], *, mask: Bool[Array, "batch length"] | None = None
+        self,
+        encoded: Float[Array, "rows columns d_model"],
+        *,
+        mask: Bool[Array, "rows columns"] | None = None,
+        packing: Packing | None = None,
     ) -> Memory:
         """The keys and values that every layer of the decoder makes of the encoder's output, once for a whole text."""
-        mask = jnp.ones(encoded.shape[:2], bool) if mask is None else mask
-        keys, values = zip(*(block.cross_attn.keys_values(encoded) for block in self.decoder.block), strict=True)
+        if packing is not None:
+            mask = packing.padded_mask
+        elif mask is None:
+            mask = jnp.ones(encoded.shape[:2], bool)
+        made = (block.cross_attn.keys_values(encoded) for block in self.decoder.block)
+        keys, values = zip(*(tuple(padded(x, packing) for x in layer) for layer in made), strict=True)
         return Memory(keys, values, mask)
 
     def decode(
@@ -275,6 +290,7 @@ class SwitchTransformer(nnx.Module):
         memory: Memory,
         *,
         mask: Bool[Array, "batch length"] | None = None,
+        packing: Packing | None = None,
         cache: KVCache | None = None,
     ) -> tuple[Float[Array, "batch length d_model"], KVCache]:
         """What `logits` turns into logits, and the cache with these tokens in it (full, where there was none).
@@ -283,22 +299,22 @@ class SwitchTransformer(nnx.Module):
             tokens: the decoder's tokens.
             memory: what `memory` returned.
             mask: as `decoder_mask` of a call.
+            packing: as `decoder_packing` of a call.
             cache: what `init_decoder_cache` or the last call returned; `tokens` go into its next slots. Slots past its
                 end are not checked: the caller keeps count.
         """
-        mask = jnp.ones(tokens.shape, bool) if mask is None else mask
-        places = place_tokens(mask, cache)
-        first_slot, slot_mask = places.first_slot, places.slot_mask
-        bias = self.decoder.position_bias(first_slot + jnp.arange(tokens.shape[1]), jnp.arange(slot_mask.shape[1]))
+        places = place_tokens(tokens, mask, packing, cache)
+        length, slots = places.visible.shape[2:]
+        bias = self.decoder.position_bias(places.first_slot + jnp.arange(length), jnp.arange(slots))
         x = self.shared(tokens).astype(self.config.dtype)
         keys_values = []
         for i, block in enumerate(self.decoder.block):
             slots = None if cache is None else (cache.keys[i], cache.values[i])
             read = (memory.keys[i], memory.values[i], memory.mask)
-            x, slots = block(x, mask, places.visible, bias, slots=slots, first_slot=first_slot, memory=read)
+            x, slots = block(x, places, bias, slots=slots, memory=read)
             keys_values.append(slots)
         keys, values = zip(*keys_values, strict=True)
-        new_cache = KVCache(keys, values, slot_mask, jnp.asarray(first_slot + tokens.shape[1], jnp.int32))
+        new_cache = KVCache(keys, values, places.slot_mask, jnp.asarray(places.next_slot, jnp.int32))
         return self.decoder.final_layer_norm(x), new_cache
 
     def logits(self, hidden: Float[Array, "*tokens d_model"]) -> Float[Array, "*tokens vocab"]:

@@ -322,6 +322,7 @@ def test_the_activations_are_those_of_the_saved_model(tmp_path):
     from flax import nnx
 
     from models import OPT, OPTConfig, save_opt
+    from models.attention import place_tokens
 
     config = OPTConfig(vocab_size=320, layers=2, d_model=32, heads=2, d_ff=48, max_length=16, init_std=0.3)
     model = OPT(config, rngs=nnx.Rngs(0))
@@ -334,7 +335,7 @@ def test_the_activations_are_those_of_the_saved_model(tmp_path):
     tokens = jnp.asarray(held_out[:24].reshape(3, 8))
     embedded = model.embed_tokens(tokens) + model.embed_positions(jnp.broadcast_to(jnp.arange(2, 10), (3, 8)))
     layer = model.layers[0]
-    y, _ = layer.self_attn(layer.self_attn_layer_norm(embedded), jnp.tri(8, dtype=bool)[None, None], None, 0)
+    y, _ = layer.self_attn(layer.self_attn_layer_norm(embedded), place_tokens(tokens), None)
     expected = jax.nn.relu(layer.fc1(layer.final_layer_norm(embedded + y))).reshape(24, 48)[:20]
     np.testing.assert_allclose(found[0].a, expected, atol=1e-5)
     np.testing.assert_array_equal(found[1].b, model.layers[1].fc2.kernel[...])
