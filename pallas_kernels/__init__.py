@@ -4,6 +4,7 @@ from pallas_kernels.gather_matmul import gather_matmul
 from pallas_kernels.grouped_matmul import grouped_matmul
 from pallas_kernels.grouped_outer import grouped_outer
 from pallas_kernels.micro_tile_index import MicroTileIndex, micro_tile_index
+from pallas_kernels.neuron_ffn import neuron_ffn
 from pallas_kernels.relu_matmul import relu_matmul
 from pallas_kernels.route import route
 from pallas_kernels.routing import Routing
@@ -17,6 +18,7 @@ KERNELS = (
     "relu_matmul",
     "grouped_matmul",
     "grouped_outer",
+    "neuron_ffn",
     "micro_tile_index",
     "route",
 )
@@ -29,6 +31,7 @@ __all__ = [
     "grouped_matmul",
     "grouped_outer",
     "micro_tile_index",
+    "neuron_ffn",
     "relu_matmul",
     "route",
     "sampled_matmul",

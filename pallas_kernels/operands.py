@@ -74,7 +74,12 @@ def check_implementation(implementation: str | None) -> None:
 
 
 def same_path(product: Callable[..., Array], *args, implementation: str | None) -> Array:
-    """A product by the implementation that was asked for, where it takes these arguments; else by its own choice."""
+    """A product by the implementation that was asked for, where it takes these arguments; else by its own choice.
+
+    A gradient of an interpreted kernel is not interpreted: it has cases of its own.
+    """
+    if implementation == "interpret":
+        return product(*args)
     try:
         return product(*args, implementation=implementation)
     except NotImplementedError:

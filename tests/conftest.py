@@ -33,6 +33,8 @@ def pytest_configure(config: pytest.Config) -> None:
     if not _asks_for_gpu(config):
         jax.config.update("jax_platforms", "cpu")
         os.environ["JAX_PLATFORMS"] = "cpu"  # for the processes that tests start
+        # Most of what a test on a CPU waits for is XLA's compiler, and its optimizations are most of that.
+        jax.config.update("jax_disable_most_optimizations", True)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

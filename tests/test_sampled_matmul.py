@@ -249,13 +249,11 @@ def test_wrong_implementation():
     a, b, index, _ = problem(12, length=10, width=64, n=8, rows=64, density=1.0)
     with pytest.raises(ValueError, match="implementation must be .*; got 'triton'"):
         sampled_matmul(a, b, index, implementation="triton")
-    with pytest.raises(NotImplementedError, match="takes bfloat16 and float16; got float32"):
-        sampled_matmul(a, b, index, implementation="interpret")
     a16 = a.astype(jnp.bfloat16)
     with pytest.raises(NotImplementedError, match="runs on NVIDIA H100, NVIDIA H200; got cpu"):
         sampled_matmul(a16, b.astype(jnp.bfloat16), index, implementation="mosaic_gpu")
-    narrow = micro_tile_index(jnp.ones((10, 64), bool), 32)
-    with pytest.raises(NotImplementedError, match="multiples of 64; got rows=32"):
+    narrow = micro_tile_index(jnp.ones((10, 64), bool), 16)
+    with pytest.raises(NotImplementedError, match="multiples of 32; got rows=16"):
         sampled_matmul(a16, b.astype(jnp.bfloat16), narrow, implementation="interpret")
     for wrong in ({"block_n": 96, "stages": 2}, {"block_n": 64, "stages": 1}):
         with pytest.raises(ValueError, match="block_n must be|stages must be"):

@@ -14,6 +14,7 @@ from pallas_kernels import MicroTileIndex, micro_tile_index
 from pallas_kernels.scatter_matmul import Config, candidates, peers, scatter_matmul, work
 from pallas_kernels.scatter_matmul.mosaic import check_config
 from pallas_kernels.scatter_matmul.reference import _xla_loop, _xla_masked
+from pallas_kernels.workbench.interpreter import run_interpreted
 
 
 def index_of(mask: np.ndarray, rows: int, cols: int = 1) -> MicroTileIndex:
@@ -81,6 +82,22 @@ def test_what_is_not_listed_does_not_matter(path):
     for poison in (-1, 99, 2**31 - 1, -(2**31)):
         poisoned = dataclasses.replace(index, indices=jnp.where(valid, index.indices, poison))
         assert_close(path(a, b, poisoned), ref, 1e-6)
+
+
+@pytest.mark.parametrize("density", [0.2, 0.8])  # what is listed is multiplied alone; or with the rest of its rows
+def test_the_kernel_reads_nothing_that_is_not_listed(density):
+    """NaN in unlisted micro-tiles of A, any integers after the counts, in lists out of order."""
+    a, b, index, listed = problem(16, m=40, n=20, k=96, width=32, density=density, dtype=jnp.bfloat16)
+    ref = expected(a, b, listed)
+    shuffled = np.asarray(index.indices).copy()
+    for row, count in zip(shuffled, np.asarray(index.counts), strict=True):
+        row[:count] = row[:count][::-1]
+        row[count:] = np.resize([-1, 39, 2**31 - 1, -(2**31)], 40 - count)
+    index = dataclasses.replace(index, indices=jnp.asarray(shuffled))
+    a = jnp.where(listed, a, jnp.nan)
+    out = run_interpreted(lambda: scatter_matmul(a, b, index, implementation="interpret"))
+    assert_close(out, ref, 1e-2)
+    assert not np.asarray(out)[~listed.any(axis=1)].any()
 
 
 def test_rows_listed_nowhere_are_exact_zeros():
@@ -257,17 +274,17 @@ def test_wrong_implementation():
     a, b, index, _ = problem(14, m=10, n=8, k=64, width=64, density=1.0)
     with pytest.raises(ValueError, match="implementation must be .*; got 'triton'"):
         scatter_matmul(a, b, index, implementation="triton")
-    with pytest.raises(NotImplementedError, match="takes bfloat16 and float16; got float32"):
-        scatter_matmul(a, b, index, implementation="interpret")
-    a16 = a.astype(jnp.bfloat16)
     with pytest.raises(NotImplementedError, match="runs on NVIDIA H100, NVIDIA H200; got cpu"):
-        scatter_matmul(a16, b.astype(jnp.bfloat16), index, implementation="mosaic_gpu")
-    halves = dataclasses.replace(micro_tile_index(a16, 32), rows=32)
-    with pytest.raises(NotImplementedError, match="one list of whole rows; got lists for 32 of 64 columns"):
-        scatter_matmul(a16, b.astype(jnp.bfloat16), halves, implementation="interpret")
-    for wrong in ({"block_n": 96, "stages": 2}, {"block_n": 64, "stages": 1}):
-        with pytest.raises(ValueError, match="block_n must be|stages must be"):
-            scatter_matmul(a16, b.astype(jnp.bfloat16), index, config=Config(**wrong), implementation="interpret")
+        scatter_matmul(a, b, index, implementation="mosaic_gpu")
+    with pytest.raises(NotImplementedError, match="lists of single rows; got cols=2"):
+        pairs = dataclasses.replace(index, indices=index.indices[:, :5], cols=2)
+        scatter_matmul(a, b, pairs, implementation="interpret")
+    narrow = micro_tile_index(a, 16)
+    with pytest.raises(NotImplementedError, match="multiples of 32, or one list of whole rows; got rows=16, K=64"):
+        scatter_matmul(a, b, narrow, implementation="interpret")
+    for wrong in ({"block_n": 96, "stages": 2}, {"block_n": 64, "stages": 1}, {"block_n": 256}, {"block_m": 32}):
+        with pytest.raises(ValueError, match="block_n must be|stages must be|block_m must be"):
+            scatter_matmul(a, b, index, config=Config(**wrong), implementation="interpret")
 
 
 def test_work_counts_what_the_pattern_needs():

@@ -34,17 +34,17 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, BFloat16, Float
+from jaxtyping import Array, Float
 
 from pallas_kernels.gather_matmul.config import Config, dense_tile
 from pallas_kernels.micro_tile_index import MicroTileIndex
 from pallas_kernels.tile import device, gathered, pipeline, schedule, sread, swrite
 from pallas_kernels.tile.gathered import Gathered
 from pallas_kernels.tile.pipeline import BLOCK_K
+from pallas_kernels.tile.split import PRODUCTS, split
 
 CHUNK = 256  # index entries staged at a time
 ENTRIES_LAYOUT = plgpu.Layout.WG_STRIDED((CHUNK,), vec_size=CHUNK // 128)
-SPLIT_PRODUCTS = ((0, 0), (0, 1), (1, 0), (1, 1), (0, 2), (2, 0))  # (term of A, term of B); the rest is below float32
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -281,7 +281,7 @@ def _gather_matmul_kernel(
     arrivals: int, interpret: bool,
 ):  # fmt: skip
     """The body: tiles of C over persistent blocks, SRead by index, SWrite in place."""
-    products = SPLIT_PRODUCTS if a_gmem.shape[0] > shape[2] else ((0, 0),)
+    products = PRODUCTS if a_gmem.shape[0] > shape[2] else ((0, 0),)
     warpgroup = lax.axis_index("warpgroup")
     if index.cols == 1:
         words = index_smem.at[pl.ds(CHUNK + schedule.MOST_SORTED, gathered.words(config.stages))]
@@ -319,21 +319,6 @@ def _gather_matmul_kernel(
         _consume(walk, warpgroup, products, out_gmem, out_smem.at[warpgroup], a_smem, b_smem, barriers)
 
 
-def _split(x: Float[Array, "K cols"]) -> BFloat16[Array, "3*K cols"]:
-    """Three bfloat16 terms of a float32 matrix, stacked by rows; they add up to it exactly from 2**-102 on.
-
-    A term is the upper 16 bits of what is left. Plain casts would not do: XLA may drop a round trip to bfloat16.
-    """
-    x = jnp.where(jnp.isnan(x), jnp.nan, x)  # whose payload is in the upper bits
-    terms = []
-    for _ in range(3):
-        bits = lax.bitcast_convert_type(x, jnp.uint32) & jnp.uint32(0xFFFF0000)
-        term = lax.bitcast_convert_type(bits, jnp.float32)
-        terms.append(term.astype(jnp.bfloat16))
-        x = jnp.where(jnp.isfinite(x), x - term, 0)
-    return jnp.concatenate(terms)
-
-
 def mosaic(
     a_t: Float[Array, "K M"],
     b: Float[Array, "K N"],
@@ -345,16 +330,16 @@ def mosaic(
     """Launches the kernel; `interpret` runs it on CPU under the race detector."""
     m, n = a_t.shape[1], b.shape[1]
     out_dtype = a_t.dtype
-    split, uses_tma = out_dtype == jnp.float32, zero_elsewhere or index.cols > 1
+    splits, uses_tma = out_dtype == jnp.float32, zero_elsewhere or index.cols > 1
     # Rows must start on 16 bytes and TMA takes whole atoms: pad to 8 or 64 elements (a copy, only where they do not
     # divide M or N). Terms of a split lie below each other: there TMA must not read past the last k of one.
     width = 64 if uses_tma else 8
-    pad_k = -a_t.shape[0] % ((max(index.cols, BLOCK_K) if split else 8) if uses_tma else 1)
+    pad_k = -a_t.shape[0] % ((max(index.cols, BLOCK_K) if splits else 8) if uses_tma else 1)
     a_t, b = (jnp.pad(x, ((0, pad_k), (0, -x.shape[1] % width))) for x in (a_t, b))
     indices = jnp.pad(index.indices, ((0, 0), (0, -index.indices.shape[1] % CHUNK)))
     k = a_t.shape[0]
-    if split:
-        a_t, b = _split(a_t), _split(b)
+    if splits:
+        a_t, b = split(a_t), split(b)
     tile = dense_tile(config)
     tiles = pl.cdiv(m, tile.block_m), pl.cdiv(n, tile.block_n)
     arrivals = tile.block_m // pipeline.PANEL + 1 if uses_tma else 1

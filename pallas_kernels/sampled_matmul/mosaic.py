@@ -4,8 +4,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels.micro_tile_index import MicroTileIndex
-from pallas_kernels.tile import device, row_groups
-from pallas_kernels.tile.row_groups import Config
+from pallas_kernels.tile import device, row_groups, row_tiling
+from pallas_kernels.tile.row_tiling import Config, Geometry
 
 
 def mosaic(
@@ -16,8 +16,14 @@ def mosaic(
     listed = index.indices.reshape(-1)
     starts = jnp.arange(lists, dtype=jnp.int32) * entries
     groups = row_groups.Groups(starts=starts, counts=index.counts, reads=listed, writes=listed)
-    geometry = row_groups.Geometry(
-        config=config, matrices=lists, depth=depth, width=index.rows, transposed=True, side_by_side=True
+    geometry = Geometry(
+        config=config,
+        matrices=lists,
+        depth=depth,
+        width=index.rows,
+        transposed=True,
+        side_by_side=True,
+        split=a.dtype == jnp.float32,
     )
     blocks = jnp.pad(b, ((0, -width % index.rows), (0, 0))).reshape(lists, index.rows, depth)
     out = row_groups.row_groups_matmul(
@@ -31,22 +37,21 @@ def candidates(a, b, index: MicroTileIndex) -> list[Config]:
     """Configs worth timing for these arguments (shapes are enough); the heuristic's choice comes first."""
     del b
     lists = index.indices.shape[0]
-    return row_groups.tilings(lists * a.shape[0], lists, a.shape[1], index.rows, divides=True)
+    split = a.dtype == jnp.float32
+    return row_tiling.tilings(lists * a.shape[0], lists, a.shape[1], index.rows, split=split)
 
 
-def check_support(a, index: MicroTileIndex, devices: tuple[str, ...] | None) -> None:
+def check_support(index: MicroTileIndex, devices: tuple[str, ...] | None) -> None:
     """Raises NotImplementedError where the kernel cannot take these arguments, or the device is none of `devices`."""
-    if a.dtype.itemsize != 2:
-        raise NotImplementedError(f"the Mosaic kernel takes bfloat16 and float16; got {a.dtype}")
     if index.cols != 1:
         raise NotImplementedError(f"the Mosaic kernel takes lists of single rows; got cols={index.cols}")
-    if index.rows % 64 != 0:
-        raise NotImplementedError(f"the Mosaic kernel needs rows in multiples of 64; got rows={index.rows}")
+    if index.rows % 32 != 0:
+        raise NotImplementedError(f"the Mosaic kernel needs rows in multiples of 32; got rows={index.rows}")
     if devices is not None:
         device.require_device("sampled_matmul", devices)
 
 
 def check_config(config: Config, a, b, index: MicroTileIndex) -> None:
     """Raises ValueError where a config does not fit the kernel or these arguments."""
-    del a, b
-    row_groups.check_config(config, index.rows, divides=True)
+    del b, index
+    row_tiling.check_config(config, split=a.dtype == jnp.float32)

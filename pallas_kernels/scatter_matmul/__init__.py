@@ -6,7 +6,8 @@ once), every row of B whose block lists anything (once), C once (rows listed now
 index entry.
 
 With one block as wide as K this is the m axis: whole rows are gathered, multiplied and scattered back. With narrower
-blocks, a row is the sum of what each block that lists it gives, in the order of the blocks.
+blocks, a row is the sum of what each block that lists it gives, in the order of the blocks; the Mosaic kernel stores
+these first, at most 8 * M * N of them: 4 * N bytes more are moved for each listed row of a block (float32: 8 * N).
 
 Source: PIT (SOSP'23), sections 3.1-3.2 (m is a PIT axis of `mk,kn->mn`; SRead and SWrite).
 """
@@ -74,9 +75,12 @@ def scatter_matmul(
     Equal to the dense product where A is zero at every micro-tile that is not listed; rows of C that no list names are
     zero. Differentiable in `a` and `b` (reverse mode, any order); the gradient is that of the function computed, so
     micro-tiles that are not listed get none. Accumulates in float32, what blocks give to a row block by block, so equal
-    inputs give equal bits; float32 operands keep full float32 precision.
+    inputs give equal bits; float32 operands keep full float32 precision. On the Mosaic kernel what a block narrower
+    than K gives is rounded to the operands' dtype before it is added: in bfloat16 that errs about as much as rounding
+    the result does, in float16 it may overflow where the sum would not.
 
-    What is not finite: NaN stays NaN. On a GPU's xla path, what is not finite in B may reach rows that do not need it.
+    What is not finite: NaN stays NaN. On a GPU, what is not finite in B may reach rows that do not need it; the Mosaic
+    kernel turns an infinite float32 into NaN, and loses float32 digits below 2**-102.
 
     Args:
         a: A, [M, K]; bfloat16, float16 or float32.

@@ -1,45 +1,108 @@
-"""The Mosaic GPU kernel of `scatter_matmul` for Hopper: one list of whole rows."""
+"""The Mosaic GPU kernel of `scatter_matmul` for Hopper: listed rows of A, block by block of its columns.
 
-from jaxtyping import Array, Float
+One list of whole rows is one product: its results are scattered into zeros. With several lists a row of C is a sum, and
+adding to it in place would make the order of the blocks one of chance. So what each list gives is stored densely, in
+its own order and the operands' dtype, and a second kernel adds up what belongs to a row. Writing and reading that takes
+4 * N bytes a listed row of a block (8 in float32), which is what it costs; past `_capacity` listed rows a dense product
+is quicker, and the same launch makes that of A as it is masked: the second kernel then finds one sum a row.
+"""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int32
 
 from pallas_kernels.micro_tile_index import MicroTileIndex
-from pallas_kernels.tile import device, row_groups
-from pallas_kernels.tile.row_groups import Config
+from pallas_kernels.tile import device, row_groups, row_sums, row_tiling
+from pallas_kernels.tile.row_tiling import Config, Geometry
+
+MOST_SUMS = 8  # stored for each row of C, on average
+PAYS = 1 / 384  # sums stored for each element of A: where their bytes cost an H200 what the dense product does
+
+
+def _capacity(m: int, k: int) -> int:
+    """How many listed rows of blocks are multiplied as such: their results are stored."""
+    return m * min(max(int(k * PAYS), 1), MOST_SUMS)
 
 
 def mosaic(
     a: Float[Array, "M K"], b: Float[Array, "K N"], index: MicroTileIndex, config: Config, interpret: bool
 ) -> Float[Array, "M N"]:
     """Launches the kernel; `interpret` runs it on CPU under the race detector."""
+    product = _whole_rows if index.indices.shape[0] == 1 else _blocks
+    return product(a, b, index, config, interpret)
+
+
+def _whole_rows(a, b, index: MicroTileIndex, config: Config, interpret: bool) -> Float[Array, "M N"]:
     (m, k), n = a.shape, b.shape[1]
-    listed = index.indices[0]
-    groups = row_groups.Groups(starts=index.counts - index.counts, counts=index.counts, reads=listed, writes=listed)
-    geometry = row_groups.Geometry(config=config, matrices=1, depth=k, width=n, transposed=False)
+    listed, split = index.indices[0], a.dtype == jnp.float32
+    groups = row_groups.Groups(starts=jnp.zeros_like(index.counts), counts=index.counts, reads=listed, writes=listed)
+    geometry = Geometry(config=config, matrices=1, depth=k, width=n, transposed=False, split=split)
     return row_groups.row_groups_matmul(
         "scatter_matmul", a, b[None], groups, geometry, out=(m, n), zeros=True, most_slots=m, interpret=interpret
     )
 
 
+def _blocks(a, b, index: MicroTileIndex, config: Config, interpret: bool) -> Float[Array, "M N"]:
+    (m, k), n, (lists, width) = a.shape, b.shape[1], (index.indices.shape[0], index.rows)
+    a, b = jnp.pad(a, ((0, 0), (0, -k % width))), jnp.pad(b, ((0, -k % width), (0, 0)))
+    capacity = _capacity(m, k)
+    groups, numbers = _sums(index, capacity)
+    geometry = Geometry(
+        config=config, matrices=lists, depth=width, width=n, transposed=False, split=a.dtype == jnp.float32, summed=m
+    )
+    sums = row_groups.row_groups_matmul(  # row m of A is `lists` rows, one for each block
+        "scatter_matmul", a.reshape(m * lists, width), b.reshape(lists, width, n), groups, geometry,
+        out=(capacity, n + -n % row_sums.COLUMNS), most_slots=capacity, interpret=interpret,
+    )  # fmt: skip
+    return row_sums.row_sums("scatter_matmul_sums", sums, numbers, interpret=interpret)[:, :n]
+
+
+def _sums(index: MicroTileIndex, capacity: int) -> tuple[row_groups.Groups, Int32[Array, "M lists"]]:
+    """The products to make, and which of their results make each row of C.
+
+    A group for each list, which stores its results after those before it. And one of all rows, which sums over the
+    blocks itself, for when the lists have more than `capacity` entries: then it alone has any slots.
+    """
+    lists, m = index.indices.shape
+    row, block = jnp.arange(m, dtype=jnp.int32), jnp.arange(lists, dtype=jnp.int32)
+    ends = jnp.cumsum(index.counts, dtype=jnp.int32)
+    first, fits = ends - index.counts, ends[-1] <= capacity
+    listed: Bool[Array, "lists M"] = row[None] < index.counts[:, None]
+    target = jnp.where(listed, index.indices, m + row[None])  # out of range, so dropped, and still distinct
+    absent = jnp.full((m, lists), -1, jnp.int32)
+    stored = absent.at[target, block[:, None]].set(first[:, None] + row[None], mode="drop", unique_indices=True)
+    masked = jnp.where(stored >= 0, row[:, None] * lists + block[None], -1).T
+    reads = jnp.concatenate([index.indices * lists + block[:, None], masked])
+    groups = row_groups.Groups(
+        starts=jnp.arange(lists + 1, dtype=jnp.int32) * m,
+        counts=jnp.append(jnp.where(fits, index.counts, 0), jnp.where(fits, 0, m)),
+        reads=reads.reshape(-1),
+        writes=None,
+        write_starts=jnp.append(first, 0),
+    )
+    return groups, jnp.where(fits, stored, jnp.where(block[None] == 0, row[:, None], -1))
+
+
 def candidates(a, b, index: MicroTileIndex) -> list[Config]:
     """Configs worth timing for these arguments (shapes are enough); the heuristic's choice comes first."""
-    del index
-    return row_groups.tilings(a.shape[0], 1, *b.shape)
+    (m, k), n, lists = a.shape, b.shape[1], index.indices.shape[0]
+    split = a.dtype == jnp.float32
+    if lists == 1:
+        return row_tiling.tilings(m, 1, k, n, split=split)
+    return row_tiling.tilings(_capacity(m, k), lists, index.rows, n, split=split)
 
 
 def check_support(a, index: MicroTileIndex, devices: tuple[str, ...] | None) -> None:
     """Raises NotImplementedError where the kernel cannot take these arguments, or the device is none of `devices`."""
-    if a.dtype.itemsize != 2:
-        raise NotImplementedError(f"the Mosaic kernel takes bfloat16 and float16; got {a.dtype}")
     if index.cols != 1:
         raise NotImplementedError(f"the Mosaic kernel takes lists of single rows; got cols={index.cols}")
-    if index.rows < a.shape[1]:
-        rule = "the Mosaic kernel takes one list of whole rows"
-        raise NotImplementedError(f"{rule}; got lists for {index.rows} of {a.shape[1]} columns each")
+    if index.rows < a.shape[1] and index.rows % 32 != 0:
+        rule = "the Mosaic kernel needs rows in multiples of 32, or one list of whole rows"
+        raise NotImplementedError(f"{rule}; got rows={index.rows}, K={a.shape[1]}")
     if devices is not None:
         device.require_device("scatter_matmul", devices)
 
 
 def check_config(config: Config, a, b, index: MicroTileIndex) -> None:
     """Raises ValueError where a config does not fit the kernel or these arguments."""
-    del a, index
-    row_groups.check_config(config, b.shape[1])
+    del b, index
+    row_tiling.check_config(config, split=a.dtype == jnp.float32)

@@ -21,25 +21,8 @@ from jaxtyping import Array, Float, Float32, Int32
 from pallas_kernels.tile import device, epilogue, gathered, pipeline, rows, swrite
 from pallas_kernels.tile.gathered import Gathered
 from pallas_kernels.tile.pipeline import BLOCK_K
-
-SMS = 132  # of an H200: what the heuristic counts with
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Config:
-    """Tiling of the Mosaic kernel.
-
-    Attributes:
-        block_m: rows of a tile, 64 or 128.
-        block_n: columns of B a tile, 64 (where block_m is 128), 128 or 256.
-        stages: stages of shared memory in the pipeline, at least 2.
-        group: how many rows of tiles are walked together before the next columns.
-    """
-
-    block_m: int = 128
-    block_n: int = 256
-    stages: int = 4
-    group: int = 8
+from pallas_kernels.tile.row_tiling import Geometry
+from pallas_kernels.tile.split import split
 
 
 @jax.tree_util.register_dataclass
@@ -52,78 +35,30 @@ class Groups:
         counts: how many it has, int32 [groups].
         reads: row of A of each slot, int32 [slots]; None: row s.
         writes: row of the result of each slot; None: row s.
+        write_starts: slots of a group count from here on where results go; None: from `starts`.
     """
 
     starts: Int32[Array, " groups"]
     counts: Int32[Array, " groups"]
     reads: Int32[Array, " slots"] | None
     writes: Int32[Array, " slots"] | None
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Geometry:
-    """What is multiplied, and how it is tiled.
-
-    Attributes:
-        config: the tiling.
-        matrices: how many groups have a matrix of B; slots of further ones give zeros.
-        depth: columns of A: what is summed over.
-        width: columns of a matrix of B.
-        transposed: B is given as [matrices, width, depth].
-        side_by_side: group e's results lie in columns e * width on, instead of all in the same.
-        gated: the first half of the columns of B are the gate's.
-        activation: one of `epilogue.ACTIVATIONS`.
-    """
-
-    config: Config
-    matrices: int
-    depth: int
-    width: int
-    transposed: bool
-    side_by_side: bool = False
-    gated: bool = False
-    activation: str | None = None
-
-    @property
-    def columns(self) -> int:
-        """Of a group's results."""
-        return self.width // 2 if self.gated else self.width
-
-    @property
-    def block_columns(self) -> int:
-        """Of a tile's results."""
-        return self.config.block_n // 2 if self.gated else self.config.block_n
-
-    @property
-    def tiles_across(self) -> int:
-        return pl.cdiv(self.columns, self.block_columns)
-
-    @property
-    def consumer_columns(self) -> int:
-        """Of a consumer's part of a tile's results: both have all of them, or each its half where block_m is 64."""
-        return self.block_columns if self.config.block_m == 128 else self.block_columns // 2
-
-    @property
-    def parts(self) -> list[int]:
-        """A tile's columns of B as consumers multiply them: the first of each part, `consumer_columns` wide.
-
-        For each consumer that has columns of its own: the gate's, and then those that it gates.
-        """
-        halves = range(0, self.block_columns, self.consumer_columns)
-        return [first + up for first in halves for up in ((0, self.columns) if self.gated else (0,))]
-
-    @property
-    def bias_shape(self) -> tuple[int, int]:
-        """Of a consumer's part of the bias: a row for each product, loaded by 128 threads."""
-        return 2 if self.gated else 1, max(self.consumer_columns, 128)
+    write_starts: Int32[Array, " groups"] | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Tile:
-    """Where a tile lies: its group, its first slot, the slots of the group from there on, its first column."""
+    """Where a tile lies.
+
+    Attributes:
+        group: its group.
+        first, first_write: its first slot, and the same for where results go.
+        left: slots of the group from there on.
+        n0: its first column.
+    """
 
     group: jax.Array
     first: jax.Array
+    first_write: jax.Array
     left: jax.Array
     n0: jax.Array
 
@@ -134,13 +69,14 @@ class _Walk:
 
     Attributes:
         ends_gmem: rows of tiles up to and with each group's.
-        starts_gmem, counts_gmem: as in `Groups`.
+        starts_gmem, counts_gmem, write_starts_gmem: as in `Groups`.
     """
 
     geometry: Geometry
     ends_gmem: Any
     starts_gmem: Any
     counts_gmem: Any
+    write_starts_gmem: Any
 
     def own_tiles(self) -> jax.Array:
         tiles = self.ends_gmem[self.ends_gmem.shape[0] - 1] * self.geometry.tiles_across
@@ -166,16 +102,34 @@ class _Walk:
         rows = jnp.minimum(config.group, self.ends_gmem[group] - begin - first)
         number -= (begin + first) * across
         i, j = first + lax.rem(number, rows), lax.div(number, rows)
+        slot = i * config.block_m
         return _Tile(
             group=group,
-            first=self.starts_gmem[group] + i * config.block_m,
-            left=self.counts_gmem[group] - i * config.block_m,
+            first=self.starts_gmem[group] + slot,
+            first_write=self.write_starts_gmem[group] + slot,
+            left=self.counts_gmem[group] - slot,
             n0=j * self.geometry.block_columns,
         )
 
     def steps(self, tile: _Tile) -> jax.Array:
-        """Stages of a tile."""
-        return jnp.where(tile.group < self.geometry.matrices, pl.cdiv(self.geometry.depth, BLOCK_K), 0)
+        """Of 64 k, of a tile."""
+        geometry = self.geometry
+        further = geometry.steps * geometry.matrices if geometry.summed else 0
+        return jnp.where(tile.group < geometry.matrices, geometry.steps, further)
+
+    def stages(self, tile: _Tile) -> jax.Array:
+        """Of a tile: one for each product of a step."""
+        return self.steps(tile) * len(self.geometry.products)
+
+    def matrix(self, tile: _Tile, s: jax.Array) -> jax.Array:
+        """Of B, at step s of a tile."""
+        return jnp.where(tile.group < self.geometry.matrices, tile.group, lax.div(s, self.geometry.steps))
+
+    def first_read(self, tile: _Tile, s: jax.Array) -> jax.Array:
+        """Where the rows of A are named for step s of a tile."""
+        geometry = self.geometry
+        matrix = jnp.where(tile.group < geometry.matrices, 0, lax.div(s, geometry.steps))
+        return tile.first + matrix * geometry.summed
 
 
 def _produce(walk: _Walk, producer: pipeline.Producer, a_gmem, b_gmem, reads_gmem, smem, *, interpret: bool):
@@ -183,16 +137,15 @@ def _produce(walk: _Walk, producer: pipeline.Producer, a_gmem, b_gmem, reads_gme
     a_smem, b_smem = smem
     geometry, block_m = walk.geometry, walk.geometry.config.block_m
     load_rows, gather_rows, _ = rows.by_list(interpret)
+    a_rows = a_gmem.shape[0] // (3 if geometry.split else 1)  # terms lie below each other
     own_tiles = walk.own_tiles()
 
-    def load(t):
-        tile = walk.tile(t)
-        return load_rows(reads_gmem, tile.first, tile.left, block_m)
+    def load(tile, s):
+        return load_rows(reads_gmem, walk.first_read(tile, s), tile.left, block_m)
 
-    def copy_b(tile: _Tile, k0, slot, barrier):
-        matrix = jnp.minimum(tile.group, geometry.matrices - 1)
+    def copy_b(matrix, k0, n0, slot, barrier):
         for part, first in enumerate(geometry.parts):
-            k, n = pl.ds(k0, BLOCK_K), pl.ds(tile.n0 + first, geometry.consumer_columns)
+            k, n = pl.ds(k0, BLOCK_K), pl.ds(n0 + first, geometry.consumer_columns)
             b_tile = b_gmem.at[matrix, n, k] if geometry.transposed else b_gmem.at[matrix, k, n]
             plgpu.copy_gmem_to_smem(b_tile, b_smem.at[slot, part], barrier)
         return len(geometry.parts)
@@ -201,20 +154,30 @@ def _produce(walk: _Walk, producer: pipeline.Producer, a_gmem, b_gmem, reads_gme
         g, numbers = carry
         tile = walk.tile(t)
 
-        def step(s, g):
-            def start(slot, barrier):
-                copies = copy_b(tile, s * BLOCK_K, slot, barrier)
-                gather_rows(a_gmem, a_smem.at[slot], numbers, s * BLOCK_K)
-                return copies
+        def step(s, carry):
+            g, numbers = carry
+            matrix, k0 = walk.matrix(tile, s), lax.rem(s, geometry.steps) * BLOCK_K
+            for a_term, b_term in geometry.products:
 
-            return producer.gather(g, start)
+                def start(slot, barrier, a_term=a_term, b_term=b_term):
+                    copies = copy_b(b_term * geometry.matrices + matrix, k0, tile.n0, slot, barrier)
+                    gather_rows(a_gmem, a_smem.at[slot], numbers, k0, a_term * a_rows)
+                    return copies
 
-        next_numbers = load(jnp.minimum(t + 1, own_tiles - 1))  # under way while this tile is copied
-        return lax.fori_loop(0, walk.steps(tile), step, g), next_numbers
+                g = producer.gather(g, start)
+            if geometry.summed:
+                numbers = load(tile, jnp.minimum(s + 1, walk.steps(tile) - 1))
+            return g, numbers
+
+        # Under way while this tile is copied.
+        next_numbers = load(walk.tile(jnp.minimum(t + 1, own_tiles - 1)), jnp.int32(0))
+        g, _ = lax.fori_loop(0, walk.steps(tile), step, (g, numbers))
+        return g, next_numbers
 
     @pl.when(own_tiles > 0)
     def _():
-        g, _ = lax.fori_loop(0, own_tiles, tile_body, (jnp.int32(0), load(jnp.int32(0))))
+        numbers = load(walk.tile(jnp.int32(0)), jnp.int32(0))
+        g, _ = lax.fori_loop(0, own_tiles, tile_body, (jnp.int32(0), numbers))
         producer.drain(g)
 
 
@@ -224,49 +187,61 @@ def _consume(walk: _Walk, consumer, out_gmem, writes_gmem, bias_gmem, scale_gmem
     geometry, config = walk.geometry, walk.geometry.config
     load_rows, _, scatter_rows = rows.by_list(interpret)
     columns = geometry.consumer_columns
-    products = 2 if geometry.gated else 1
+    halves = 2 if geometry.gated else 1
     # Two consumers share a tile along its rows, or along its columns where it has 64 rows.
     m0, half = (consumer * 64, 0) if config.block_m == 128 else (0, consumer)
 
     def operands(slot):
-        parts = [b_smem.at[slot, half * products + i] for i in range(products)]
+        parts = [b_smem.at[slot, half * halves + i] for i in range(halves)]
         a = a_smem.at[slot, pl.ds(m0, 64)]
         return [(a, part.transpose((1, 0)) if geometry.transposed else part) for part in parts]
 
-    def multiply(tile: _Tile, g):
-        numbers = load_rows(writes_gmem, tile.first + m0, tile.left - m0, 64)
+    def multiply(g, stages):
+        """The sums of stages g to g + stages, and the number of the next."""
+
+        def add_stages(*accs):
+            g_next = pipeline.consume(config.stages, g, stages, accs, operands, **barriers)
+            return tuple(acc[...] for acc in accs), g_next
+
+        return pl.run_scoped(add_stages, *[plgpu.ACC((64, columns))] * halves)
+
+    def multiply_float32(g, steps):
+        # The tensor core truncates each time it adds to its accumulator: over a long k that would cost digits.
+        def step(_, carry):
+            totals, g = carry
+            sums, g = multiply(g, len(geometry.products))
+            return tuple(total + x for total, x in zip(totals, sums, strict=True)), g
+
+        zeros = plgpu.layout_cast(jnp.zeros((64, columns), jnp.float32), plgpu.Layout.WGMMA)
+        return lax.fori_loop(0, steps, step, ((zeros,) * halves, g))
+
+    def compute(tile: _Tile, g):
+        numbers = load_rows(writes_gmem, tile.first_write + m0, tile.left - m0, 64)
 
         n0 = tile.n0 + half * columns
         biases = []
         if bias_gmem is not None:  # loaded while the products are made
-            at = [
-                bias_gmem.at[tile.group, pl.ds(n0 + i * geometry.columns, bias_smem.shape[1])] for i in range(products)
-            ]
+            at = [bias_gmem.at[tile.group, pl.ds(n0 + i * geometry.columns, bias_smem.shape[1])] for i in range(halves)]
             biases = [plgpu.load(x, layout=epilogue.bias_layout(x.shape[0]), optimized=False) for x in at]
-
-        def add_stages(*accs):
-            g_next = pipeline.consume(config.stages, g, walk.steps(tile), accs, operands, **barriers)
-            return tuple(acc[...] for acc in accs), g_next
-
-        accs, g_next = pl.run_scoped(add_stages, *[plgpu.ACC((64, columns))] * products)
+        accs, g_next = multiply_float32(g, walk.steps(tile)) if geometry.split else multiply(g, walk.steps(tile))
         for i, bias in enumerate(biases):
             bias_smem[i] = bias
         plgpu.commit_smem()
         finished = epilogue.finish(
             accs, geometry.activation, bias_smem if biases else None, scale_gmem, tile.first + m0
         )
-        out_n0 = n0 + tile.group * geometry.width if geometry.side_by_side else n0
+        first = tile.group * geometry.width if geometry.side_by_side else jnp.int32(0)
 
         def scatter(buffer, first_column):
-            scatter_rows(buffer, out_gmem, numbers, out_n0 + first_column)
+            scatter_rows(buffer, out_gmem, numbers, first + n0 + first_column, first + geometry.columns)
 
         swrite.store_scattered(finished, columns, out_smem, geometry.columns - n0, scatter)
         return g_next
 
     def tile_body(t, g):
         tile = walk.tile(t)
-        skip = functools.partial(pipeline.skip, config.stages, g, walk.steps(tile), **barriers)
-        return lax.cond(tile.left > m0, lambda: multiply(tile, g), skip)
+        skip = functools.partial(pipeline.skip, config.stages, g, walk.stages(tile), **barriers)
+        return lax.cond(tile.left > m0, lambda: compute(tile, g), skip)
 
     lax.fori_loop(0, walk.own_tiles(), tile_body, jnp.int32(0))
 
@@ -278,7 +253,13 @@ def _row_groups_kernel(
     config, refs = geometry.config, dict(zip(names, args, strict=True))
     warpgroup = lax.axis_index("warpgroup")
     arrived = Gathered(memory=words_smem, interpreted=arrived if interpret else None, stages=config.stages)
-    walk = _Walk(geometry=geometry, ends_gmem=refs["ends"], starts_gmem=refs["starts"], counts_gmem=refs["counts"])
+    walk = _Walk(
+        geometry=geometry,
+        ends_gmem=refs["ends"],
+        starts_gmem=refs["starts"],
+        counts_gmem=refs["counts"],
+        write_starts_gmem=refs.get("write_starts", refs["starts"]),
+    )
 
     @pl.when(warpgroup == pipeline.CONSUMERS)
     def _producer():
@@ -299,63 +280,6 @@ def _row_groups_kernel(
         _consume(walk, warpgroup, refs["out"], refs.get("writes"), *vectors, smem, barriers, interpret=interpret)
 
 
-def most_stages(block_m: int, block_n: int) -> int:
-    """As many as shared memory holds beside the output buffers, up to 8."""
-    out_bytes = pipeline.CONSUMERS * swrite.SCATTER_SLOTS * 64 * swrite.COLUMNS * 2
-    left = pipeline.SMEM_BYTES - out_bytes - 1024  # barriers
-    return min(8, left // (BLOCK_K * (block_m + block_n) * 2))
-
-
-def tilings(slots: int, groups: int, depth: int, width: int, *, gated: bool = False, divides: bool = False):
-    """Configs worth timing, the one that the model expects to be the quickest first.
-
-    Args:
-        slots: rows in all, at most.
-        groups: how many share them.
-        depth, width: of a matrix of B.
-        gated: as in `Geometry`.
-        divides: block_n must divide `width`.
-    """
-    configs = []
-    for block_m in (128, 64):
-        least = 64 * (256 // (block_m * (1 if gated else 2)))  # 64 columns of results for each consumer
-        for block_n in (256, 128, 64):
-            if block_n >= least and (block_n <= max(least, width) if not divides else width % block_n == 0):
-                stages = most_stages(block_m, block_n)
-                configs.append(Config(block_m=block_m, block_n=block_n, stages=stages))
-    return sorted(configs, key=functools.partial(_expected_us, slots=slots, groups=groups, depth=depth, width=width))
-
-
-def _expected_us(config: Config, *, slots: int, groups: int, depth: int, width: int) -> float:
-    """Time of evenly filled groups on an H200: waves of tiles, each held by its products, its copies or by HBM."""
-    rows = min(slots, groups * pl.cdiv(slots, groups))
-    busy = min(groups, rows)
-    tiles = busy * pl.cdiv(pl.cdiv(rows, busy), config.block_m) * pl.cdiv(width, config.block_n)
-    step = max(
-        0.56 * config.block_m * config.block_n / (128 * 256),
-        0.50 * (config.block_m + config.block_n) / 384,
-        config.block_n * BLOCK_K * 2 / 4.3e6 * min(tiles, SMS) / pl.cdiv(pl.cdiv(rows, busy), config.block_m),
-    )
-    return pl.cdiv(tiles, SMS) * (pl.cdiv(depth, BLOCK_K) * step + 1.5)
-
-
-def check_config(config: Config, width: int, *, gated: bool = False, divides: bool = False) -> None:
-    """Raises ValueError where a config does not fit the kernel or these arguments; arguments as of `tilings`."""
-    if config.block_m not in (64, 128):
-        raise ValueError(f"block_m must be 64 or 128; got block_m={config.block_m}")
-    least = 64 * (256 // (config.block_m * (1 if gated else 2)))
-    if config.block_n not in (64, 128, 256) or config.block_n < least:
-        rule = f"block_n must be 64, 128 or 256, at least {least} for block_m={config.block_m}"
-        raise ValueError(f"{rule}{' and gated weights' if gated else ''}; got block_n={config.block_n}")
-    if divides and width % config.block_n:
-        raise ValueError(f"block_n must divide rows; got block_n={config.block_n}, rows={width}")
-    most = most_stages(config.block_m, config.block_n)
-    if not 2 <= config.stages <= most:
-        raise ValueError(f"stages must be 2 to {most} for this tile; got stages={config.stages}")
-    if config.group < 1:
-        raise ValueError(f"group must be at least 1; got group={config.group}")
-
-
 def row_groups_matmul(
     name: str,
     a: Float[Array, "rows depth"],
@@ -370,11 +294,11 @@ def row_groups_matmul(
     scale: Float32[Array, " slots"] | None = None,
     interpret: bool = False,
 ) -> Float[Array, "out_rows out_columns"]:
-    """Launches the kernel. 16-bit operands.
+    """Launches the kernel.
 
     Args:
         name: of the kernel, for profiles.
-        a: A.
+        a: A, 16-bit, or float32 where `geometry` is split.
         b: a matrix for each group that has one, [matrices, depth, width], or as `geometry` says.
         groups: which rows go where.
         geometry: the tiling.
@@ -385,12 +309,14 @@ def row_groups_matmul(
         scale: of each slot's result.
         interpret: runs it on CPU under the race detector.
     """
-    config, dtype = geometry.config, a.dtype
+    config, out_dtype = geometry.config, a.dtype
     a, b = _aligned(a, b, geometry)
+    if geometry.split:
+        a, b = split(a), split(b)
     rows_of_tiles = pl.cdiv(groups.counts, config.block_m)
     operands = {
         "a": a, "b": b, "ends": jnp.cumsum(rows_of_tiles, dtype=jnp.int32), "starts": groups.starts,
-        "counts": groups.counts, "reads": groups.reads, "writes": groups.writes,
+        "counts": groups.counts, "reads": groups.reads, "writes": groups.writes, "write_starts": groups.write_starts,
         # Slots without a matrix have a row of zeros; loads go on past the last column, and the last slot.
         "bias": None if bias is None else jnp.pad(bias, ((0, 1), (0, 256))),
         "scale": None if scale is None else jnp.pad(scale, (0, config.block_m)),
@@ -398,8 +324,9 @@ def row_groups_matmul(
     operands = {key: value for key, value in operands.items() if value is not None}
     most_tiles = (pl.cdiv(most_slots, config.block_m) + groups.counts.shape[0]) * geometry.tiles_across
     part = geometry.consumer_columns, BLOCK_K
-    smem = functools.partial(plgpu.SMEM, dtype=dtype, transforms=pipeline.swizzled(dtype))
-    padded = jax.ShapeDtypeStruct((out[0], out[1] + -out[1] % swrite.COLUMNS), dtype)
+    smem = functools.partial(plgpu.SMEM, dtype=a.dtype, transforms=pipeline.swizzled(a.dtype))
+    out_shape = pipeline.CONSUMERS, swrite.SCATTER_SLOTS, 64, swrite.COLUMNS
+    padded = jax.ShapeDtypeStruct((out[0], out[1] + -out[1] % swrite.COLUMNS), out_dtype)
     kernel = plgpu.kernel(
         functools.partial(_row_groups_kernel, names=(*operands, "out"), geometry=geometry, interpret=interpret),
         out_type=() if zeros else padded,
@@ -410,8 +337,8 @@ def row_groups_matmul(
         scratch_types={
             "a_smem": smem((config.stages, config.block_m, BLOCK_K)),
             "b_smem": smem((config.stages, len(geometry.parts), *(part if geometry.transposed else part[::-1]))),
-            "out_smem": smem((pipeline.CONSUMERS, swrite.SCATTER_SLOTS, 64, swrite.COLUMNS)),
-            "bias_smem": plgpu.SMEM((pipeline.CONSUMERS, *geometry.bias_shape), dtype),
+            "out_smem": plgpu.SMEM(out_shape, out_dtype, transforms=pipeline.swizzled(out_dtype)),
+            "bias_smem": plgpu.SMEM((pipeline.CONSUMERS, *geometry.bias_shape), out_dtype),
             "words_smem": plgpu.SMEM((gathered.words(config.stages),), jnp.int32),
             "arrived": plgpu.Barrier(num_arrivals=1, num_barriers=config.stages),  # of the interpreter
         }
@@ -424,7 +351,7 @@ def row_groups_matmul(
         return kernel(*operands.values())[:, : out[1]]
     result = jax.new_ref(jnp.zeros_like(padded))
     kernel(*operands.values(), result)
-    return result[...][:, : out[1]]
+    return jax.freeze(result)[:, : out[1]]
 
 
 def _aligned(a: jax.Array, b: jax.Array, geometry: Geometry) -> tuple[jax.Array, jax.Array]:

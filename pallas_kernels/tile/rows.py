@@ -22,7 +22,9 @@ from pallas_kernels.tile.pipeline import swizzled
 
 LANES = 8  # threads that share a row
 ROWS_A_PASS = 128 // LANES
-LINE = 64  # 16-bit elements that they copy of it
+LINE_BYTES = 128  # that they copy of it
+LINE = 64  # the same in 16-bit elements
+ATOM_BYTES = 8 * LINE_BYTES
 SPLAT = plgpu.Layout.WG_SPLAT
 
 
@@ -55,7 +57,7 @@ def load_rows(list_gmem, first: jax.Array, left: jax.Array, rows: int) -> jax.Ar
         for p in range(rows // ROWS_A_PASS):
             row = arith.addi(row0, _const(p * ROWS_A_PASS))
             exists = arith.cmpi(arith.CmpIPredicate.slt, row, left)
-            slot = arith.addi(first, arith.select(exists, row, _const(0)))
+            slot = arith.select(exists, arith.addi(first, row), _const(0))  # `first` may be past the end
             number = memref.load(refs[0], [arith.index_castui(index, slot)]) if refs else slot
             number = arith.select(exists, number, _const(-1))
             vector = llvm.insertelement(vector, number, _const(p))
@@ -66,7 +68,7 @@ def load_rows(list_gmem, first: jax.Array, left: jax.Array, rows: int) -> jax.Ar
     return load(refs, first, left)  # pyright: ignore[reportCallIssue]
 
 
-def gather_rows(matrix_gmem, stage_smem, numbers: jax.Array, first_col: jax.Array) -> None:
+def gather_rows(matrix_gmem, stage_smem, numbers: jax.Array, first_col: jax.Array, first_row: int = 0) -> None:
     """Starts the copies of some columns of a tile's rows; absent rows and columns past the matrix become zeros.
 
     Args:
@@ -74,6 +76,7 @@ def gather_rows(matrix_gmem, stage_smem, numbers: jax.Array, first_col: jax.Arra
         stage_smem: [rows, columns], a multiple of 64 columns, laid out as `pipeline.swizzled`.
         numbers: by `load_rows`.
         first_col: scalar, a multiple of 8.
+        first_row: what the numbers count from.
     """
     (rows, width), columns = stage_smem.shape, matrix_gmem.shape[1]
     types = plgpu.RefType(), plgpu.RefType(swizzled(jnp.bfloat16)), _layout(rows)[1], SPLAT
@@ -81,8 +84,9 @@ def gather_rows(matrix_gmem, stage_smem, numbers: jax.Array, first_col: jax.Arra
     @plgpu.inline_mgpu(arg_types=types)
     def start_copies(ctx, matrix, stage, numbers, first_col):
         del ctx
-        source, column = _line_of_row(matrix, first_col.registers.item())
-        to = _line_of_buffer(stage, width)
+        column = _column_of_thread(first_col.registers.item(), 2)
+        source = _row(_line_of_row(matrix, column, 2), _const(first_row), 2 * columns)
+        to = _line_of_buffer(stage, 2 * width)
         lines = range(width // LINE)
         inside = [  # static where the stage divides the matrix
             None if columns % width == 0 else _less(arith.addi(column, _const(LINE * c)), columns) for c in lines
@@ -90,7 +94,7 @@ def gather_rows(matrix_gmem, stage_smem, numbers: jax.Array, first_col: jax.Arra
         for p in range(rows // ROWS_A_PASS):
             number = llvm.extractelement(numbers.registers.item(), _const(p))
             exists = arith.cmpi(arith.CmpIPredicate.sge, number, _const(0))
-            from_row = _row(source, arith.select(exists, number, _const(0)), columns)
+            from_row = _row(source, arith.select(exists, number, _const(0)), 2 * columns)
             for c in lines:
                 valid = exists if inside[c] is None else arith.andi(exists, inside[c])
                 nvvm.cp_async_shared_global(
@@ -104,33 +108,41 @@ def gather_rows(matrix_gmem, stage_smem, numbers: jax.Array, first_col: jax.Arra
     start_copies(matrix_gmem, stage_smem, numbers, first_col)  # pyright: ignore[reportCallIssue]
 
 
-def scatter_rows(buffer_smem, out_gmem, numbers: jax.Array, first_col: jax.Array) -> None:
+def scatter_rows(buffer_smem, out_gmem, numbers: jax.Array, first_col: jax.Array, end_col: jax.Array) -> None:
     """Stores 64 columns of a tile's rows; absent rows stay where they are.
 
     Args:
-        buffer_smem: [rows, 64], laid out as `pipeline.swizzled`.
-        out_gmem: 16-bit elements; its rows are a multiple of 16 bytes.
+        buffer_smem: [rows, 64], 16 or 32 bits an element, laid out as `pipeline.swizzled`.
+        out_gmem: of the same dtype; its rows are a multiple of 16 bytes.
         numbers: by `load_rows`.
-        first_col: scalar, a multiple of 8; with the 64 from there on inside the matrix.
+        first_col: scalar, a multiple of 8.
+        end_col: columns from there on stay as they are, 16 bytes at a time.
     """
-    rows, columns = buffer_smem.shape[0], out_gmem.shape[1]
-    types = plgpu.RefType(swizzled(jnp.bfloat16)), plgpu.RefType(), _layout(rows)[1], SPLAT
+    (rows, width), columns, dtype = buffer_smem.shape, out_gmem.shape[1], jnp.dtype(out_gmem.dtype)
+    size = dtype.itemsize
+    types = plgpu.RefType(swizzled(dtype)), plgpu.RefType(), _layout(rows)[1], SPLAT, SPLAT
 
     @plgpu.inline_mgpu(arg_types=types)
-    def store(ctx, buffer, out, numbers, first_col):
+    def store(ctx, buffer, out, numbers, first_col, end_col):
         del ctx
         line = ir.VectorType.get((4,), _i32())
-        to, _ = _line_of_row(out, first_col.registers.item())
-        source = _line_of_buffer(buffer, LINE)
-        for p in range(rows // ROWS_A_PASS):
-            number = llvm.extractelement(numbers.registers.item(), _const(p))
-            exists = scf.IfOp(arith.cmpi(arith.CmpIPredicate.sge, number, _const(0)))
-            with ir.InsertionPoint(exists.then_block):
-                values = llvm.load(line, utils.getelementptr(source, [_const(p * ROWS_A_PASS * 2 * LINE)], _i8()))
-                llvm.store(values, _row(to, number, columns))
-                scf.yield_([])
+        column = _column_of_thread(first_col.registers.item(), size)
+        to, source = _line_of_row(out, column, size), _line_of_buffer(buffer, size * width)
+        for c in range(size * width // LINE_BYTES):
+            line_column = arith.addi(column, _const(c * LINE_BYTES // size))
+            inside = arith.cmpi(arith.CmpIPredicate.slt, line_column, end_col.registers.item())
+            for p in range(rows // ROWS_A_PASS):
+                number = llvm.extractelement(numbers.registers.item(), _const(p))
+                exists = arith.cmpi(arith.CmpIPredicate.sge, number, _const(0))
+                stores = scf.IfOp(arith.andi(exists, inside))
+                with ir.InsertionPoint(stores.then_block):
+                    offset = p * ROWS_A_PASS * size * width + c * ATOM_BYTES
+                    values = llvm.load(line, utils.getelementptr(source, [_const(offset)], _i8()))
+                    to_row = _row(to, number, size * columns)
+                    llvm.store(values, utils.getelementptr(to_row, [_const(c * LINE_BYTES)], _i8()))
+                    scf.yield_([])
 
-    store(buffer_smem, out_gmem, numbers, first_col)  # pyright: ignore[reportCallIssue]
+    store(buffer_smem, out_gmem, numbers, first_col, end_col)  # pyright: ignore[reportCallIssue]
 
 
 def _i8() -> ir.Type:
@@ -153,25 +165,29 @@ def _less(x: ir.Value, bound: int) -> ir.Value:
     return arith.cmpi(arith.CmpIPredicate.slt, x, _const(bound))
 
 
-def _line_of_buffer(buffer: ir.Value, width: int) -> ir.Value:
-    """Address of this thread's 16 bytes in its first row of a swizzled [rows, width]: all else is a constant offset."""
+def _line_of_buffer(buffer: ir.Value, row_bytes: int) -> ir.Value:
+    """Address of this thread's 16 bytes in its first row of a swizzled buffer: all else is a constant offset."""
     lane, row0 = arith.andi(_thread(), _const(LANES - 1)), arith.shrui(_thread(), _const(3))
     in_atom = arith.andi(row0, _const(7))
-    offset = arith.muli(arith.subi(row0, in_atom), _const(2 * width))  # atoms of 8 rows x 64 columns
-    offset = arith.addi(offset, arith.muli(in_atom, _const(2 * LINE)))
+    offset = arith.muli(arith.subi(row0, in_atom), _const(row_bytes))  # atoms of 8 rows x 128 bytes
+    offset = arith.addi(offset, arith.muli(in_atom, _const(LINE_BYTES)))
     offset = arith.addi(offset, arith.muli(arith.xori(lane, in_atom), _const(16)))
     return utils.getelementptr(utils.memref_ptr(buffer), [offset], _i8())
 
 
-def _line_of_row(matrix: ir.Value, first_col: ir.Value) -> tuple[ir.Value, ir.Value]:
-    """Address of this thread's 16 bytes in row 0 of a matrix in global memory, and their column."""
-    column = arith.addi(first_col, arith.muli(arith.andi(_thread(), _const(LANES - 1)), _const(8)))
+def _column_of_thread(first_col: ir.Value, size: int) -> ir.Value:
+    """The first of the columns that this thread copies, of `size` bytes each."""
+    return arith.addi(first_col, arith.muli(arith.andi(_thread(), _const(LANES - 1)), _const(16 // size)))
+
+
+def _line_of_row(matrix: ir.Value, column: ir.Value, size: int) -> ir.Value:
+    """Address of a column in row 0 of a matrix in global memory."""
     base = llvm.addrspacecast(ir.Type.parse("!llvm.ptr<1>"), utils.memref_ptr(matrix))
-    return utils.getelementptr(base, [_wide(arith.muli(column, _const(2)))], _i8()), column
+    return utils.getelementptr(base, [_wide(arith.muli(column, _const(size)))], _i8())
 
 
-def _row(line: ir.Value, number: ir.Value, columns: int) -> ir.Value:
-    offset = arith.muli(_wide(number), arith.constant(ir.IntegerType.get_signless(64), 2 * columns))
+def _row(line: ir.Value, number: ir.Value, row_bytes: int) -> ir.Value:
+    offset = arith.muli(_wide(number), arith.constant(ir.IntegerType.get_signless(64), row_bytes))
     return utils.getelementptr(line, [offset], _i8())
 
 
@@ -186,21 +202,30 @@ def load_rows_interpreted(list_gmem, first: jax.Array, left: jax.Array, rows: in
     return jnp.where(row < left, numbers, -1)
 
 
-def gather_rows_interpreted(matrix_gmem, stage_smem, numbers: jax.Array, first_col: jax.Array) -> None:
+def gather_rows_interpreted(
+    matrix_gmem, stage_smem, numbers: jax.Array, first_col: jax.Array, first_row: int = 0
+) -> None:
     """`gather_rows` by plain reads and writes, complete on return."""
     width = stage_smem.shape[1]
     matrix = jnp.pad(matrix_gmem[...], ((0, 0), (0, -matrix_gmem.shape[1] % width)))
     columns = lax.dynamic_slice_in_dim(matrix, first_col, width, axis=1)
-    stage_smem[...] = jnp.where(numbers[:, None] >= 0, columns[jnp.maximum(numbers, 0)], 0)
+    stage_smem[...] = jnp.where(numbers[:, None] >= 0, columns[first_row + jnp.maximum(numbers, 0)], 0)
 
 
-def scatter_rows_interpreted(buffer_smem, out_gmem, numbers: jax.Array, first_col: jax.Array) -> None:
+def scatter_rows_interpreted(
+    buffer_smem, out_gmem, numbers: jax.Array, first_col: jax.Array, end_col: jax.Array
+) -> None:
     """`scatter_rows` by plain reads and writes."""
+    line = 16 // jnp.dtype(out_gmem.dtype).itemsize
+    lines = jnp.clip(pl.cdiv(end_col - first_col, line), 0, LINE // line)
 
     def store_row(r, _):
-        @pl.when(numbers[r] >= 0)
-        def _():
-            out_gmem[numbers[r], pl.ds(first_col, LINE)] = buffer_smem[r]
+        def store(first, count):
+            out_gmem[numbers[r], pl.ds(first_col + first, count)] = buffer_smem[r, pl.ds(first, count)]
+
+        whole, exists = lines == LINE // line, numbers[r] >= 0
+        pl.when(exists & whole)(lambda: store(0, LINE))
+        lax.fori_loop(0, jnp.where(exists & ~whole, lines, 0), lambda i, _: store(i * line, line), None)
 
     lax.fori_loop(0, buffer_smem.shape[0], store_row, None)
 

@@ -1,0 +1,75 @@
+"""Sums of listed rows: out[m] = sum of A[numbers[m, i]] over the i where that is not -1, in float32 and in their order.
+
+A block takes a row of the result, or a part of it: what it reads are whole lines, and it writes each result once, also
+where nothing is listed. So nobody has to write zeros first, and equal inputs give equal bits.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float, Int32
+
+THREADS = 128
+COLUMNS = THREADS  # what the columns of A must be a multiple of
+PART_BYTES = 8192  # of a row that a block takes: with 16 of them a multiprocessor hides the latency of its loads
+AHEAD = 8  # numbers loaded at a time
+
+
+def _parts(columns: int, itemsize: int) -> tuple[int, int]:
+    """Columns that a block takes, and how many of them a thread loads at once: 16 bytes where that divides them."""
+    vector = next(v for v in (16 // itemsize, 4, 2, 1) if columns % (THREADS * v) == 0)
+    vectors = columns // (THREADS * vector)
+    most = max(1, PART_BYTES // itemsize // (THREADS * vector))
+    return THREADS * vector * max(v for v in range(1, most + 1) if vectors % v == 0), vector
+
+
+def _row_sums_kernel(a_gmem, numbers_gmem, out_gmem, *, part: int, layout: Any):
+    parts, entries = out_gmem.shape[1] // part, numbers_gmem.shape[1]
+    row, column = lax.div(lax.axis_index("part"), parts), lax.rem(lax.axis_index("part"), parts) * part
+
+    def add_entries(i, total):
+        numbers = [numbers_gmem[row, i * AHEAD + j] for j in range(AHEAD)]
+        for number in numbers:
+
+            def add(number=number, total=total):
+                a = plgpu.load(a_gmem.at[number, pl.ds(column, part)], layout=layout, optimized=False)
+                return total + a.astype(jnp.float32)
+
+            total = lax.cond(number >= 0, add, lambda total=total: total)
+        return total
+
+    zeros = plgpu.layout_cast(jnp.zeros(part, jnp.float32), layout)
+    total = lax.fori_loop(0, entries // AHEAD, add_entries, zeros)
+    out_gmem[row, pl.ds(column, part)] = total.astype(out_gmem.dtype)
+
+
+def row_sums(
+    name: str, a: Float[Array, "rows columns"], numbers: Int32[Array, "M entries"], *, interpret: bool
+) -> Float[Array, "M columns"]:
+    """Launches the kernel.
+
+    Args:
+        name: of the kernel, for profiles.
+        a: A; `columns` is a multiple of COLUMNS.
+        numbers: rows of A, or -1.
+        interpret: runs it on CPU under the race detector.
+    """
+    numbers = jnp.pad(numbers, ((0, 0), (0, -numbers.shape[1] % AHEAD)), constant_values=-1)
+    part, vector = _parts(a.shape[1], a.dtype.itemsize)
+    layout = plgpu.Layout.WG_STRIDED((part,), vec_size=vector)
+    shape = numbers.shape[0], a.shape[1]
+    kernel = plgpu.kernel(
+        functools.partial(_row_sums_kernel, part=part, layout=layout),
+        out_type=jax.ShapeDtypeStruct(shape, a.dtype),
+        grid=(shape[0] * shape[1] // part,),
+        grid_names=("part",),
+        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
+        interpret=plgpu.InterpretGPUParams(detect_races=True) if interpret else None,
+        kernel_name=name,
+    )
+    return kernel(a, numbers)

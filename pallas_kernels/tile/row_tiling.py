@@ -1,0 +1,168 @@
+"""Tilings of `row_groups`: what is multiplied and how it is cut, which cuts fit, and which should be the quickest."""
+
+import dataclasses
+import functools
+
+from jax.experimental import pallas as pl
+
+from pallas_kernels.tile import pipeline, swrite
+from pallas_kernels.tile.pipeline import BLOCK_K
+from pallas_kernels.tile.split import PRODUCTS
+
+SMS = 132  # of an H200: what the heuristic counts with
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Tiling of the Mosaic kernel.
+
+    Attributes:
+        block_m: rows of a tile, 64 or 128.
+        block_n: columns of B a tile, 64 (where block_m is 128), 128 or 256 (in float32 where block_m is 64).
+        stages: stages of shared memory in the pipeline, at least 2.
+        group: how many rows of tiles are walked together before the next columns.
+    """
+
+    block_m: int = 128
+    block_n: int = 256
+    stages: int = 4
+    group: int = 8
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Geometry:
+    """What is multiplied, and how it is tiled.
+
+    Attributes:
+        config: the tiling.
+        matrices: how many groups have a matrix of B; slots of further ones give zeros.
+        depth: columns of A: what is summed over.
+        width: columns of a matrix of B.
+        transposed: B is given as [matrices, width, depth].
+        side_by_side: group e's results lie in columns e * width on, instead of all in the same.
+        gated: the first half of the columns of B are the gate's.
+        activation: one of `epilogue.ACTIVATIONS`.
+        split: operands are float32, given as three bfloat16 terms each.
+        summed: slots of a further group sum over all matrices instead, unless this is 0. Each has a row of A for every
+            matrix: matrix i's are named `summed` entries of `Groups.reads` after those of matrix i - 1.
+    """
+
+    config: Config
+    matrices: int
+    depth: int
+    width: int
+    transposed: bool
+    side_by_side: bool = False
+    gated: bool = False
+    activation: str | None = None
+    split: bool = False
+    summed: int = 0
+
+    @property
+    def columns(self) -> int:
+        """Of a group's results."""
+        return self.width // 2 if self.gated else self.width
+
+    @property
+    def block_columns(self) -> int:
+        """Of a tile's results."""
+        return self.config.block_n // 2 if self.gated else self.config.block_n
+
+    @property
+    def tiles_across(self) -> int:
+        return pl.cdiv(self.columns, self.block_columns)
+
+    @property
+    def steps(self) -> int:
+        """Of a tile along the depth, for each matrix."""
+        return pl.cdiv(self.depth, BLOCK_K)
+
+    @property
+    def products(self) -> tuple[tuple[int, int], ...]:
+        """Stages of a step: which term of A is multiplied by which of B."""
+        return PRODUCTS if self.split else ((0, 0),)
+
+    @property
+    def consumer_columns(self) -> int:
+        """Of a consumer's part of a tile's results: both have all of them, or each its half where block_m is 64."""
+        return self.block_columns if self.config.block_m == 128 else self.block_columns // 2
+
+    @property
+    def parts(self) -> list[int]:
+        """A tile's columns of B as consumers multiply them: the first of each part, `consumer_columns` wide.
+
+        For each consumer that has columns of its own: the gate's, and then those that it gates.
+        """
+        halves = range(0, self.block_columns, self.consumer_columns)
+        return [first + up for first in halves for up in ((0, self.columns) if self.gated else (0,))]
+
+    @property
+    def bias_shape(self) -> tuple[int, int]:
+        """Of a consumer's part of the bias: a row for each product, loaded by 128 threads."""
+        return 2 if self.gated else 1, max(self.consumer_columns, 128)
+
+
+def most_stages(block_m: int, block_n: int, *, gated: bool = False, split: bool = False) -> int:
+    """As many as shared memory holds beside the output buffers, up to 8."""
+    out_bytes = pipeline.CONSUMERS * swrite.SCATTER_SLOTS * 64 * swrite.COLUMNS * (4 if split else 2)
+    others = 3072 + 1024 * (gated and split)  # a bias for each consumer, and barriers
+    return min(8, (pipeline.SMEM_BYTES - out_bytes - others) // (BLOCK_K * (block_m + block_n) * 2))
+
+
+def _block_ns(block_m: int, *, gated: bool, split: bool) -> tuple[int, ...]:
+    """Widths of a tile: 64 columns of results for each consumer, and no more than its registers hold.
+
+    Float32 keeps two accumulators.
+    """
+    least = 64 * (256 // (block_m * (1 if gated else 2)))
+    most = 128 if split and block_m == 128 else 256
+    return tuple(block_n for block_n in (64, 128, 256) if least <= block_n <= most)
+
+
+def tilings(slots: int, groups: int, depth: int, width: int, *, gated: bool = False, split: bool = False):
+    """Configs worth timing, the one that the model expects to be the quickest first.
+
+    Args:
+        slots: rows in all, at most.
+        groups: how many share them.
+        depth, width: of a matrix of B.
+        gated, split: as in `Geometry`.
+    """
+    configs = []
+    for block_m in (128, 64):
+        block_ns = _block_ns(block_m, gated=gated, split=split)
+        for block_n in reversed(block_ns):
+            if block_n <= max(block_ns[0], width):
+                stages = most_stages(block_m, block_n, gated=gated, split=split)
+                configs.append(Config(block_m=block_m, block_n=block_n, stages=stages))
+    expected = functools.partial(_expected_us, slots=slots, groups=groups, depth=depth, width=width, split=split)
+    return sorted(configs, key=expected)
+
+
+def _expected_us(config: Config, *, slots: int, groups: int, depth: int, width: int, split: bool) -> float:
+    """Time of evenly filled groups on an H200: waves of tiles, each held by its products, its copies or by HBM."""
+    rows = min(slots, groups * pl.cdiv(slots, groups))
+    busy = min(groups, rows)
+    tiles = busy * pl.cdiv(pl.cdiv(rows, busy), config.block_m) * pl.cdiv(width, config.block_n)
+    step = max(
+        0.56 * config.block_m * config.block_n / (128 * 256),
+        0.50 * (config.block_m + config.block_n) / 384,
+        config.block_n * BLOCK_K * 2 / 4.3e6 * min(tiles, SMS) / pl.cdiv(pl.cdiv(rows, busy), config.block_m),
+    )
+    stages = pl.cdiv(depth, BLOCK_K) * (len(PRODUCTS) if split else 1)
+    return pl.cdiv(tiles, SMS) * (stages * step + 1.5)
+
+
+def check_config(config: Config, *, gated: bool = False, split: bool = False) -> None:
+    """Raises ValueError where a config does not fit the kernel or these arguments; arguments as of `tilings`."""
+    if config.block_m not in (64, 128):
+        raise ValueError(f"block_m must be 64 or 128; got block_m={config.block_m}")
+    block_ns = _block_ns(config.block_m, gated=gated, split=split)
+    if config.block_n not in block_ns:
+        kind = f"block_m={config.block_m}{', gated weights' * gated}{', float32' * split}"
+        raise ValueError(f"block_n must be one of {block_ns} for {kind}; got block_n={config.block_n}")
+    most = most_stages(config.block_m, config.block_n, gated=gated, split=split)
+    if not 2 <= config.stages <= most:
+        raise ValueError(f"stages must be 2 to {most} for this tile; got stages={config.stages}")
+    if config.group < 1:
+        raise ValueError(f"group must be at least 1; got group={config.group}")
