@@ -1,5 +1,6 @@
 """Attention over tokens that are padded, packed or follow those of a cache: what each one sees, and what it reads."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -22,10 +23,12 @@ class KVCache(NamedTuple):
     filled: Int[Array, ""]  # slots in use, the same for the whole batch
 
     @classmethod
-    def empty(cls, batch: int, slots: int, *, layers: int, heads: int, head_dim: int, dtype: str) -> "KVCache":
-        """Room for `slots` tokens of each of `batch` sequences."""
-        shape = (batch, slots, heads, head_dim)
-        keys, values = (tuple(jnp.zeros(shape, dtype) for _ in range(layers)) for _ in range(2))
+    def empty(
+        cls, batch: int, slots: int, *, layers: int, heads: int | Sequence[int], head_dim: int, dtype: str
+    ) -> "KVCache":
+        """Room for `slots` tokens of each of `batch` sequences; `heads` of every layer, or of each."""
+        by_layer = [heads] * layers if isinstance(heads, int) else heads
+        keys, values = (tuple(jnp.zeros((batch, slots, h, head_dim), dtype) for h in by_layer) for _ in range(2))
         return cls(keys, values, jnp.zeros((batch, slots), bool), jnp.int32(0))
 
 

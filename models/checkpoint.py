@@ -180,8 +180,11 @@ def _native_fields(architecture: Architecture, folder: Path) -> dict[str, Any]:
         article = "an" if model[0] in "AEIO" else "a"
         says = f"its {CONFIG} says no model_type {architecture.model_type}"
         raise ValueError(f"the checkpoint {folder} is not of {article} {model}: {says}")
-    names = {field.name for field in dataclasses.fields(architecture.config)}
-    if fields.keys() != names:
-        ours, differing = architecture.config.__name__, ", ".join(sorted(fields.keys() ^ names))
-        raise ValueError(f"{CONFIG} of {folder} must hold {ours}'s fields; differs in {differing}")
+    ours = dataclasses.fields(architecture.config)
+    names = {field.name for field in ours}
+    required = {field.name for field in ours if field.default is field.default_factory is dataclasses.MISSING}
+    if not required <= fields.keys() <= names:  # a field that came later has a default
+        differing = ", ".join(sorted((fields.keys() - names) | (required - fields.keys())))
+        rule = f"must hold {architecture.config.__name__}'s fields"
+        raise ValueError(f"{CONFIG} of {folder} {rule}; differs in {differing}")
     return fields

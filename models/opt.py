@@ -5,6 +5,7 @@ no dropout. Source: Zhang et al., "OPT: Open Pre-trained Transformer Language Mo
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -43,6 +44,8 @@ class OPTConfig:
         sparse_rows: tokens in a micro-tile of the feed-forward activation (1, 8, 16, 32, 64 or 128), to skip the
             neurons that no token of such a block activates; None multiplies densely.
         init_std: standard deviation of the initial weights; 0.006 is the paper's (section 2.2).
+        layer_sizes: (heads, neurons) of each layer where some were pruned (`sparsellm.pruning`); None for `heads` and
+            `d_ff` everywhere. The width of a head is d_model / heads in any case.
     """
 
     vocab_size: int = 50272
@@ -58,6 +61,7 @@ class OPTConfig:
     param_dtype: str = "float32"
     sparse_rows: int | None = None
     init_std: float = 0.006
+    layer_sizes: Sequence[Sequence[int]] | None = None
 
     def __post_init__(self):
         sizes = ("vocab_size", "layers", "d_model", "heads", "d_ff", "max_length")
@@ -71,6 +75,17 @@ class OPTConfig:
             raise ValueError(f"sparse_rows must be None or one of {ROWS}; got sparse_rows={self.sparse_rows}")
         if self.sparse_rows is not None and self.activation != "relu":
             raise ValueError(f"sparse_rows needs exact zeros, so activation 'relu'; got {self.activation!r}")
+        if self.layer_sizes is not None:
+            sizes = tuple((int(heads), int(d_ff)) for heads, d_ff in self.layer_sizes)  # JSON knows lists only
+            object.__setattr__(self, "layer_sizes", sizes)
+            if len(sizes) != self.layers or not all(1 <= h <= self.heads and 1 <= f <= self.d_ff for h, f in sizes):
+                rule = f"layer_sizes must be {self.layers} pairs of at most heads={self.heads}, d_ff={self.d_ff}"
+                raise ValueError(f"{rule}; got layer_sizes={sizes}")
+
+    def sizes(self, layer: int) -> tuple[int, int]:
+        """Heads and neurons of a layer."""
+        heads, d_ff = (self.heads, self.d_ff) if self.layer_sizes is None else self.layer_sizes[layer]
+        return heads, d_ff
 
     @classmethod
     def preset(cls, size: str, **overrides: Any) -> "OPTConfig":
@@ -124,13 +139,14 @@ class LayerNorm(nnx.LayerNorm):
 class Attention(nnx.Module):
     """Causal self-attention."""
 
-    def __init__(self, config: OPTConfig, *, rngs: nnx.Rngs):
-        square = (config.d_model, config.d_model)
-        self.heads = config.heads
-        self.q_proj = linear(config, square, ("embed", "heads"), bias=True, rngs=rngs)
-        self.k_proj = linear(config, square, ("embed", "heads"), bias=True, rngs=rngs)
-        self.v_proj = linear(config, square, ("embed", "heads"), bias=True, rngs=rngs)
-        self.out_proj = linear(config, square, ("heads", "embed"), init=_output_init(config), bias=True, rngs=rngs)
+    def __init__(self, config: OPTConfig, heads: int, *, rngs: nnx.Rngs):
+        self.heads = heads
+        width = heads * (config.d_model // config.heads)
+        into, out = (config.d_model, width), (width, config.d_model)
+        self.q_proj = linear(config, into, ("embed", "heads"), bias=True, rngs=rngs)
+        self.k_proj = linear(config, into, ("embed", "heads"), bias=True, rngs=rngs)
+        self.v_proj = linear(config, into, ("embed", "heads"), bias=True, rngs=rngs)
+        self.out_proj = linear(config, out, ("heads", "embed"), init=_output_init(config), bias=True, rngs=rngs)
 
     def __call__(self, x: Float[Array, "batch length d_model"], places: Places, slots):
         """Attends from each token to the visible slots.
@@ -145,18 +161,19 @@ class Attention(nnx.Module):
         """
         q, k, v = (proj(x).reshape(*x.shape[:2], self.heads, -1) for proj in (self.q_proj, self.k_proj, self.v_proj))
         k, v = write_slots(slots, k, v, places)
-        return self.out_proj(attend(q, k, v, places).reshape(x.shape)), (k, v)
+        return self.out_proj(attend(q, k, v, places).reshape(*x.shape[:2], -1)), (k, v)
 
 
 class DecoderLayer(nnx.Module):
     """Attention, then a feed-forward block, each around a residual."""
 
-    def __init__(self, config: OPTConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: OPTConfig, layer: int, *, rngs: nnx.Rngs):
         self.config = config
-        self.self_attn = Attention(config, rngs=rngs)
+        heads, d_ff = config.sizes(layer)
+        self.self_attn = Attention(config, heads, rngs=rngs)
         self.self_attn_layer_norm = LayerNorm(config, rngs=rngs)
-        self.fc1 = linear(config, (config.d_model, config.d_ff), ("embed", "ffn"), bias=True, rngs=rngs)
-        out, init = (config.d_ff, config.d_model), _output_init(config)
+        self.fc1 = linear(config, (config.d_model, d_ff), ("embed", "ffn"), bias=True, rngs=rngs)
+        out, init = (d_ff, config.d_model), _output_init(config)
         self.fc2 = linear(config, out, ("ffn", "embed"), init=init, bias=True, rngs=rngs)
         self.final_layer_norm = LayerNorm(config, rngs=rngs)
 
@@ -205,7 +222,7 @@ class OPT(nnx.Module):
         self.embed_tokens = embed(config, config.vocab_size, width, ("vocab", "embed"), rngs=rngs)
         positions = config.max_length + POSITION_OFFSET
         self.embed_positions = embed(config, positions, config.d_model, ("positions", "embed"), rngs=rngs)
-        self.layers = nnx.List([DecoderLayer(config, rngs=rngs) for _ in range(config.layers)])
+        self.layers = nnx.List([DecoderLayer(config, i, rngs=rngs) for i in range(config.layers)])
         if config.pre_norm:
             self.final_layer_norm = LayerNorm(config, rngs=rngs)
         if width != config.d_model:
@@ -282,7 +299,7 @@ class OPT(nnx.Module):
             batch,
             length,
             layers=config.layers,
-            heads=config.heads,
+            heads=[config.sizes(i)[0] for i in range(config.layers)],
             head_dim=config.d_model // config.heads,
             dtype=config.dtype,
         )

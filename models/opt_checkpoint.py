@@ -74,6 +74,10 @@ def save_opt(model: OPT, folder: str | Path, *, overwrite: bool = False) -> None
 
 
 def _write_config(config: OPTConfig) -> dict[str, Any]:
+    if config.layer_sizes is not None:
+        raise ValueError(
+            f"transformers knows no OPT whose layers differ: save_opt keeps it; got layer_sizes={config.layer_sizes}"
+        )
     fields = {theirs: getattr(config, ours) for ours, theirs in FIELDS.items()}
     fields["word_embed_proj_dim"] = config.embed_dim or config.d_model
     return fields | FIXED | SPECIAL_TOKENS | NO_DROPOUT | {"init_std": config.init_std}

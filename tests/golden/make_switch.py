@@ -29,6 +29,7 @@ times their router probability. Its padding takes places too, so only padding on
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -122,7 +123,7 @@ def buckets(bidirectional: bool) -> np.ndarray:
 
 
 @torch.no_grad()
-def outputs(model, seed: int) -> dict[str, np.ndarray]:
+def outputs(model, seed: int) -> dict[str, Any]:
     """What the model makes of some batches."""
     rng = np.random.default_rng(seed)
     tokens, mask = batches(rng, LENGTHS)

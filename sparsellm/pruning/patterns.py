@@ -1,0 +1,133 @@
+"""Where zeros may lie: anywhere, n of every m, or whole blocks. A pattern turns scores into a mask of what is kept.
+
+Kernels are [in, out] here; the papers' weights are [out, in]. So the inputs of an output, among which Wanda and n:m
+compare, are a column.
+"""
+
+import dataclasses
+from typing import Literal
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from sparsellm.micro_tiles import MicroTile
+from sparsellm.plan import Plan
+
+type Sparsity = float | Float[Array, ""]
+type Compare = Literal["kernel", "output"]
+"""Among which scores the lowest are found: all of the kernel's, or those of each output's inputs."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Unstructured:
+    """Any weight may be zero."""
+
+    def __str__(self) -> str:
+        return "unstructured"
+
+    def check(self, shape: tuple[int, ...]) -> None:
+        """Any kernel will do."""
+
+    def keep(self, scores: Float[Array, "d_in d_out"], sparsity: Sparsity, compare: Compare) -> Bool[Array, "i o"]:
+        """False for the share `sparsity` of lowest scores, rounded to whole weights."""
+        if compare == "output":
+            return ~lowest(scores, _count(sparsity, scores.shape[0]))
+        return ~lowest(scores.reshape(-1, 1), _count(sparsity, scores.size)).reshape(scores.shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class NM:
+    """Of every m inputs in a row, an output keeps n: "2:4"."""
+
+    n: int
+    m: int
+
+    def __post_init__(self):
+        if not 1 <= self.n <= self.m:
+            raise ValueError(f"n:m must keep n of m, 1 <= n <= m; got {self}")
+
+    def __str__(self) -> str:
+        return f"{self.n}:{self.m}"
+
+    @property
+    def sparsity(self) -> float:
+        """The only one it can have."""
+        return 1 - self.n / self.m
+
+    def check(self, shape: tuple[int, ...]) -> None:
+        """Raises ValueError unless a kernel of this shape has whole groups."""
+        if shape[-2] % self.m:
+            raise ValueError(f"m must divide the inputs of a kernel; got {self} for a kernel of {list(shape)}")
+
+    def keep(self, scores: Float[Array, "d_in d_out"], sparsity: Sparsity, compare: Compare) -> Bool[Array, "i o"]:
+        """True for the n highest scores of every m; `sparsity` and `compare` have nothing left to say."""
+        groups = scores.reshape(-1, self.m, scores.shape[1])
+        return ~lowest(groups, jnp.int32(self.m - self.n)).reshape(scores.shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """Blocks of `rows` inputs x `cols` outputs are kept or zero as one: "64x64"; those at the edge are cut."""
+
+    rows: int
+    cols: int
+
+    def __post_init__(self):
+        MicroTile(self.rows, self.cols)  # raises unless both are at least 1
+
+    def __str__(self) -> str:
+        return f"{self.rows}x{self.cols}"
+
+    @property
+    def plan(self) -> Plan:
+        """By which `sparse_dot(x, kernel, sparse="b")` skips them: in terms of the transposed problem, [out, in]."""
+        return Plan("k", MicroTile(self.cols, self.rows))
+
+    def check(self, shape: tuple[int, ...]) -> None:
+        """Any kernel will do."""
+
+    def keep(self, scores: Float[Array, "d_in d_out"], sparsity: Sparsity, compare: Compare) -> Bool[Array, "i o"]:
+        """False for the share `sparsity` of blocks whose mean score is lowest.
+
+        They are compared over the whole kernel whatever `compare` says: a column has few of them.
+        """
+        rows, cols = scores.shape
+        down, across = -(-rows // self.rows), -(-cols // self.cols)
+        padded = jnp.pad(scores, ((0, down * self.rows - rows), (0, across * self.cols - cols)))
+        sums = padded.reshape(down, self.rows, across, self.cols).sum(axis=(1, 3))
+        heights = jnp.minimum(self.rows, rows - self.rows * jnp.arange(down))
+        widths = jnp.minimum(self.cols, cols - self.cols * jnp.arange(across))
+        means = sums / (heights[:, None] * widths[None]).astype(jnp.float32)
+        keep = ~lowest(means.reshape(-1, 1), _count(sparsity, means.size)).reshape(means.shape)
+        return jnp.repeat(jnp.repeat(keep, self.rows, axis=0), self.cols, axis=1)[:rows, :cols]
+
+
+type Pattern = Unstructured | NM | Blocks
+
+
+def parse_pattern(text: str) -> Pattern:
+    """The pattern that `text` names: "unstructured", "2:4", "64x64".
+
+    Raises:
+        ValueError: it names none.
+    """
+    if text == "unstructured":
+        return Unstructured()
+    for separator, pattern in ((":", NM), ("x", Blocks)):
+        first, found, second = text.partition(separator)
+        if found and first.isdecimal() and second.isdecimal():
+            return pattern(int(first), int(second))
+    raise ValueError(f'a pattern is "unstructured", N:M or ROWSxCOLS; got "{text}"')
+
+
+def lowest(scores: Float[Array, "*groups members others"], count: Array) -> Bool[Array, "*groups members others"]:
+    """True for exactly `count` members of each group: the lowest; of equals the first ones, and NaN last."""
+    order = jnp.argsort(scores, axis=-2, stable=True)
+    chosen = jnp.broadcast_to((jnp.arange(scores.shape[-2]) < count)[:, None], scores.shape[-2:])
+    chosen = jnp.broadcast_to(chosen[(None,) * (scores.ndim - 2)], scores.shape)
+    return jnp.put_along_axis(jnp.zeros_like(chosen), order, chosen, axis=-2, inplace=False)
+
+
+def _count(sparsity: Sparsity, size: int) -> Array:
+    """How many of `size` a share is; traced, so that another share compiles nothing."""
+    return jnp.round(jnp.asarray(sparsity, jnp.float32) * size).astype(jnp.int32)

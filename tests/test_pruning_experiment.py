@@ -1,0 +1,154 @@
+import dataclasses
+import json
+import math
+from typing import Any
+
+import jax
+import pytest
+
+from experiments import pruning, quickstart
+from experiments.__main__ import main
+from experiments.runs import Run
+from models import OPTConfig
+from sparsellm.pruning import NM, Blocks, Unstructured
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compiles():
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+CONFIG = dataclasses.replace(
+    pruning.Config.smoke(), methods=("magnitude", "wanda owl"), patterns=("unstructured",), recovery_steps=1
+)
+COLUMNS = {"model", "method", "pattern", "density", "sparsity", "perplexity", "dense_perplexity", "time_s"}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> tuple[Run, list[dict]]:
+    """A run that was killed once, before its second model, and went on."""
+    root, tiny = tmp_path_factory.mktemp("runs"), quickstart.SIZES["tiny"]
+    model = dataclasses.replace(tiny.model, layers=1, d_ff=32)  # one shape for all kernels
+    training = dataclasses.replace(tiny.training, steps=5, warmup_steps=1)
+
+    def killed(*arguments, **options):
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(quickstart.SIZES, "tiny", dataclasses.replace(tiny, model=model, training=training))
+        with patch.context() as inner, pytest.raises(KeyboardInterrupt):
+            inner.setattr(pruning.pruning, "owl_sparsities", killed)
+            with Run.start("pruning", CONFIG, root=root) as run:
+                pruning.run(CONFIG, run)
+        with Run.start("pruning", CONFIG, root=root) as run:
+            rows = pruning.run(CONFIG, run)
+            run.finish(rows)
+    return run, rows
+
+
+def test_a_row_for_every_pruned_model(finished):
+    run, rows = finished
+    labels = [(row["method"], row["pattern"], row["sparsity"]) for row in rows]
+    assert run.continued
+    structured = [f"taylor {order}{recovery}" for order in (1, 2) for recovery in ("", " + lora")]
+    assert labels == [
+        ("magnitude", "unstructured", 0.5),
+        ("wanda owl", "unstructured", 0.5),
+        *((method, pruning.STRUCTURES, 0.5) for method in structured),
+    ]
+    for row in rows:
+        assert row.keys() - {"error"} == COLUMNS
+        assert math.isfinite(row["perplexity"]) and row["dense_perplexity"] == rows[0]["dense_perplexity"]
+        assert row["density"] == pytest.approx(0.5, abs=0.02)
+        assert ("error" in row) == (row["pattern"] == "unstructured")
+        assert 0 < row.get("error", 0.5) < 1
+    assert (run.folder / "pruning.png").stat().st_size > 1000
+    assert len((run.folder / "rows.jsonl").read_text().splitlines()) == len(rows)
+
+
+def test_the_run_of_quickstart_is_taken_as_it_is(finished, tmp_path, monkeypatch):
+    """Its folder holds the tokens and the model; nothing is trained again."""
+    run, rows = finished
+    earlier = tmp_path / "earlier"
+    earlier.mkdir()
+    (earlier / "tokens.npz").write_bytes((run.folder / "tokens.npz").read_bytes())
+    monkeypatch.setattr(pruning, "load_opt", None)
+    seen = {}
+
+    class Model:
+        config = OPTConfig(layers=1, d_model=2, heads=1, d_ff=2, max_length=64)
+
+    def load(folder):
+        seen["folder"] = folder
+        return Model
+
+    monkeypatch.setitem(pruning.LOADERS, "opt", load)
+    folder = earlier / "model" / "huggingface"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps({"model_type": "opt"}))
+    for file in (run.folder / "tokenizer").iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    config = dataclasses.replace(CONFIG, source=str(earlier), corpus=None)
+    subject = pruning.prepare(config, run)
+    assert seen["folder"] == folder and subject.model is Model and subject.name == "opt-earlier"
+    assert subject.train.shape[1] == subject.held_out.shape[1] == 33  # the tiny size's window, and a target
+    (folder / "config.json").write_text(json.dumps({"model_type": "t5"}))
+    with pytest.raises(ValueError, match="source must be a model of opt or mixtral; .* is of t5"):
+        pruning.prepare(config, run)
+
+
+def test_every_method_meets_every_pattern_it_knows():
+    config = pruning.Config(patterns=("unstructured", "2:4", "64x64"), methods=("wanda", "wanda owl"))
+    cells = list(pruning.cells(config, None))
+    assert cells == [
+        ("wanda", Unstructured(), 0.5),
+        ("wanda owl", Unstructured(), 0.5),
+        ("wanda", Unstructured(), 0.7),
+        ("wanda owl", Unstructured(), 0.7),
+        ("wanda", NM(2, 4), 0.5),
+        ("wanda", Blocks(64, 64), 0.5),
+        ("wanda", Blocks(64, 64), 0.7),
+    ]
+
+
+def test_readme_shows_a_column_a_method():
+    common: dict[str, Any] = {"model": "opt-small", "dense_perplexity": 27.66, "sparsity": 0.5, "density": 0.5}
+    rows = [
+        common | {"method": "magnitude", "pattern": "unstructured", "perplexity": 193.0},
+        common | {"method": "wanda owl", "pattern": "unstructured", "perplexity": 39.25},
+        common | {"method": "magnitude", "pattern": "2:4", "perplexity": 12345.6},
+        common | {"method": "taylor 1", "pattern": pruning.STRUCTURES, "perplexity": 50.0, "density": 0.75},
+    ]
+    table, figures = pruning.readme({"rows": rows})
+    assert table.splitlines() == [
+        "opt-small, dense perplexity 27.66.",
+        "",
+        "| pattern      | sparsity | magnitude | wanda owl |",
+        "|--------------|---------:|----------:|----------:|",
+        "| unstructured |      50% |    193.00 |     39.25 |",
+        "| 2:4          |      50% |  1.23e+04 |         – |",
+        "",
+        "| heads and neurons | parameters gone | perplexity |",
+        "|-------------------|----------------:|-----------:|",
+        "| taylor 1          |             25% |      50.00 |",
+    ]
+    assert figures.keys() == {"pruning.png"}
+
+
+@pytest.mark.parametrize(
+    "options,message",
+    [
+        (["--methods", "wonda"], "methods must be some of"),
+        (["--patterns", "4:2"], "n:m must keep n of m"),
+        (["--sparsities", "1.0"], "sparsities must lie between 0 and 1"),
+        (["--structures", "0"], "structures must lie between 0 and 1"),
+        (["--batch", "0"], "batch must be at least 1; got batch=0"),
+        (["--recovery-steps", "-1"], "recovery_steps must be at least 0"),
+    ],
+)
+def test_what_cannot_be_asked_is_refused_before_anything_is_trained(options, message, tmp_path, capsys):
+    assert main(["pruning", "--smoke", "--runs", str(tmp_path), *options]) == 1
+    assert message in capsys.readouterr().err
+    assert not list((tmp_path / "pruning").iterdir())
