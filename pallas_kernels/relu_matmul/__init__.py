@@ -5,6 +5,9 @@ tokens], with micro-tiles of `rows` tokens x 1 neuron: what `gather_matmul` take
 FLOPs. Bytes: X, W, b and H.T once, and 4 an index entry; that no second pass reads H.T again to find its micro-tiles
 is what the kernel is for.
 
+Measured on an H200, 4096 cubed in bfloat16, in us: 166 with the lists at 128x1, 168 at 32x1, where cuBLAS takes 164 to
+168 for the product and the ReLU alone, and 188 with `micro_tile_index` after it.
+
 Source: PIT (SOSP'23), section 3.3, online detection of micro-tiles; here in the epilogue of the product.
 """
 

@@ -5,6 +5,10 @@ adding to it in place would make the order of the blocks one of chance. So what 
 its own order and the operands' dtype, and a second kernel adds up what belongs to a row. Writing and reading that takes
 4 * N bytes a listed row of a block (8 in float32), which is what it costs; past `_capacity` listed rows a dense product
 is quicker, and the same launch makes that of A as it is masked: the second kernel then finds one sum a row.
+
+Measured on an H200, 4096 cubed in bfloat16 (cuBLAS 168), in us at 90 / 95 / 99%: 1x128 123 / 77 / 47; 1x64 195 / 119 /
+61 to 64; 1x32 - / 210 / 104; past the capacity 370 to 420 (1x32: 690 to 780). At 1x64 and 99% the products take 22 to
+26, the sums 24, and nine small kernels of XLA before them 16: one kernel for these is what is left to win.
 """
 
 import jax.numpy as jnp

@@ -5,6 +5,14 @@ of a `MicroTileIndex`. Rows of A are gathered (SRead) 64 or 128 at a time, the t
 give is stored row by row where it belongs (SWrite). Persistent blocks walk the tiles of all groups, group by group; how
 many each has lives on the device. Within a group tiles are walked down a few rows of tiles at a time and then across,
 so that a tile of B is read from memory once and A stays in L2.
+
+Measured on an H200 in bfloat16. Grouped: 16 groups of 16384x2048x8192 758 us (726 TFLOP/s; `group` 4: 775, 16: 770;
+tiles of 128x128: 860), gathered and scattered 777; Mixtral at 4096 tokens 2766 and 1359 us (696 and 708 TFLOP/s;
+`group` 12 to 16: 5% less); 4 tokens an expert, 256 experts of 768x3072: 282 to 290 us, 96% of the weights' bytes.
+Tokens on the N side of wgmma were not needed for that: the products of 64 mostly absent rows hide behind the weights.
+GELU by `lax.erf` costs about 15 us of 48 where K is 512 (4608 rows to 2048 columns), as in `epilogue` 11. A bias: 3.
+One list of whole rows at 4096 cubed, 0 / 50 / 90 / 99%: 198 / 113 / 48 / 44 us, of which XLA's zeros take 21 (a plain
+write would take 8); few rows then walk all of K in a handful of blocks: splitting K would help them.
 """
 
 import dataclasses
