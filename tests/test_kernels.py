@@ -65,7 +65,7 @@ def test_some_small_case_reaches_the_mosaic_kernel(kernel):
     assert any(refusal(interpreted, case, case.dtypes[0]) is None for case in cases)
 
 
-# GPUs that lowering cannot tell apart (H100 and H200) are lowered for once here, and each by `check`.
+# GPUs that lowering cannot tell apart (H100 and H200) are lowered for once here, as 16-bit types are; each by `check`.
 TARGETS = list({(gpu.compute_capability, gpu.sms): gpu for gpu in reversed(GPUS)}.values())
 
 
@@ -76,7 +76,7 @@ TARGETS = list({(gpu.compute_capability, gpu.sms): gpu for gpu in reversed(GPUS)
         for kernel in MOSAIC
         for gpu in TARGETS
         for dtype in kernel.dtypes
-        if claims(kernel, gpu)
+        if claims(kernel, gpu) and dtype != "float16"
     ],
 )
 def test_every_candidate_lowers_on_the_gpus_it_claims(kernel, gpu, dtype):
