@@ -6,7 +6,7 @@ and the decoder over 128 (teacher-forced), as in PIT's tables; for Swin-MoE imag
 its program takes at once (weights, inputs, outputs, temporaries), and the most that torch had allocated. The same
 weights run in our kernels and in plain XLA, and their logits are compared; transformers makes its own.
 
-    python -m experiments moe_inference --keep        about 3 minutes on an H200
+    python -m experiments moe_inference --keep        on a GPU
 
 Routers are made as sure as trained ones (the largest probability is near one), so that a wrong expert shows in the
 logits: one wrong layer changes them by a fifth and more. Rounding sends some tokens that are near a tie elsewhere, and

@@ -4,7 +4,7 @@ Trains a Mixtral of 50 million parameters (by default on the source of Python's 
 trained there too) with the load-balance loss: once as it is, and once from the same weights and on the same batches
 with dense one-hot dispatch in plain XLA, forward and backward. Killed at any point, the same command goes on.
 
-    python -m experiments moe_training --keep        about 2 minutes on an H200
+    python -m experiments moe_training --keep        on a GPU
 
 Checked are the norm of the first step's gradient, and both losses, in a row for each step: rounding lets these drift
 apart slowly, as a token that is near a tie goes elsewhere.

@@ -1,6 +1,6 @@
 """How much of a model can be pruned, by which method and in which pattern, before it predicts worse?
 
-    python -m experiments pruning --keep                          a small OPT, trained first: 3 minutes on an H200
+    python -m experiments pruning --keep                          a small OPT, trained first
     python -m experiments pruning --source runs/quickstart/TIME   the model that quickstart has trained
     python -m experiments pruning --source FOLDER --corpus C4.txt --text WIKITEXT.txt
 

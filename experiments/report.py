@@ -108,6 +108,7 @@ def _cell(value: Any) -> str:
 
 
 def _caption(result: dict[str, Any]) -> str:
-    commit = f", commit {result['commit'][:8]}" if result["commit"] else ""
+    commit, _, changed = (result["commit"] or "").partition("-")
+    commit = f", commit {commit[:8]}{' with changes' if changed else ''}" if commit else ""
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items() if name != "python")
     return f"{result['device']}, {versions}, {result['date']}{commit}: `{result['command']}`\n"

@@ -1,7 +1,7 @@
 """Attention over tokens that are padded, packed or follow those of a cache: what each one sees, and what it reads."""
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +30,24 @@ class KVCache(NamedTuple):
         by_layer = [heads] * layers if isinstance(heads, int) else heads
         keys, values = (tuple(jnp.zeros((batch, slots, h, head_dim), dtype) for h in by_layer) for _ in range(2))
         return cls(keys, values, jnp.zeros((batch, slots), bool), jnp.int32(0))
+
+
+def run_layers(layer: Callable[..., Any], layers: int, x: Array, places: "Places", cache: KVCache | None):
+    """Runs `layer(i, x, slots) -> (x, slots)` for each i; the last x, and the cache with these tokens in it.
+
+    Args:
+        layer: a layer by its number, with its keys and values in the cache, or None.
+        layers: how many there are.
+        x: what the first one takes.
+        places: where its tokens are.
+        cache: before these tokens; None for none, and then the result's is full.
+    """
+    keys_values = []
+    for i in range(layers):
+        x, slots = layer(i, x, None if cache is None else (cache.keys[i], cache.values[i]))
+        keys_values.append(slots)
+    keys, values = zip(*keys_values, strict=True)
+    return x, KVCache(keys, values, places.slot_mask, jnp.asarray(places.next_slot, jnp.int32))
 
 
 class Places(NamedTuple):

@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from models.attention import KVCache, Places, attend, place_tokens, write_slots
+from models.attention import KVCache, Places, attend, place_tokens, run_layers, write_slots
 from models.config import check_dtypes, check_sizes
 from models.layers import RMSNorm, embed, linear
 from sparsellm.mixture_of_experts import LinearRouter, MixtureOfExperts, RouterRule
@@ -225,16 +225,10 @@ class Mixtral(nnx.Module):
             raise ValueError(f"length must be at most max_length={self.config.max_length}; got {tokens.shape[1]}")
         places = place_tokens(tokens, mask, packing, cache, window=self.config.sliding_window)
         x = self.embed_tokens(tokens).astype(jnp.dtype(self.config.dtype))
-        keys_values = []
-        for i, layer in enumerate(self.layers):
-            slots = None if cache is None else (cache.keys[i], cache.values[i])
-            x, slots = layer(x, places, slots)
-            keys_values.append(slots)
+        layer = lambda i, x, slots: self.layers[i](x, places, slots)  # noqa: E731
+        x, new_cache = run_layers(layer, len(self.layers), x, places, cache)
         x = self.norm(x)
-        if cache is None:
-            return x, None
-        keys, values = zip(*keys_values, strict=True)
-        return x, KVCache(keys, values, places.slot_mask, jnp.asarray(places.next_slot, jnp.int32))
+        return x, None if cache is None else new_cache
 
     def logits(self, hidden: Float[Array, "*tokens d_model"]) -> Float[Array, "*tokens vocab"]:
         """Hidden states times the output projection, in float32."""

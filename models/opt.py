@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from models.attention import KVCache, Places, attend, place_tokens, write_slots
+from models.attention import KVCache, Places, attend, place_tokens, run_layers, write_slots
 from models.config import check_dtypes, check_sizes
 from models.layers import embed, linear
 from pallas_kernels import gather_matmul, relu_matmul
@@ -275,16 +275,10 @@ class OPT(nnx.Module):
         x = self.embed_tokens(tokens).astype(dtype)
         x = self.project_in(x) if hasattr(self, "project_in") else x
         x = x + self.embed_positions(positions).astype(dtype)
-        keys_values = []
-        for i, layer in enumerate(self.layers):
-            slots = None if cache is None else (cache.keys[i], cache.values[i])
-            x, slots = layer(x, places, slots)
-            keys_values.append(slots)
+        layer = lambda i, x, slots: self.layers[i](x, places, slots)  # noqa: E731
+        x, new_cache = run_layers(layer, len(self.layers), x, places, cache)
         x = self.final_layer_norm(x) if self.config.pre_norm else x
-        if cache is None:
-            return x, None
-        keys, values = zip(*keys_values, strict=True)
-        return x, KVCache(keys, values, places.slot_mask, jnp.asarray(places.next_slot, jnp.int32))
+        return x, None if cache is None else new_cache
 
     def logits(self, hidden: Float[Array, "*tokens d_model"]) -> Float[Array, "*tokens vocab"]:
         """Hidden states times the (tied) token embedding, in float32."""

@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from models.attention import KVCache, Places, attend, padded, place_tokens, write_slots
+from models.attention import KVCache, Places, attend, padded, place_tokens, run_layers, write_slots
 from models.layers import RMSNorm, embed, linear
 from models.switch_config import SwitchConfig
 from sparsellm.mixture_of_experts import LinearRouter, MixtureOfExperts, RouterRule
@@ -307,14 +307,12 @@ class SwitchTransformer(nnx.Module):
         length, slots = places.visible.shape[2:]
         bias = self.decoder.position_bias(places.first_slot + jnp.arange(length), jnp.arange(slots))
         x = self.shared(tokens).astype(self.config.dtype)
-        keys_values = []
-        for i, block in enumerate(self.decoder.block):
-            slots = None if cache is None else (cache.keys[i], cache.values[i])
+
+        def layer(i, x, slots):
             read = (memory.keys[i], memory.values[i], memory.mask)
-            x, slots = block(x, places, bias, slots=slots, memory=read)
-            keys_values.append(slots)
-        keys, values = zip(*keys_values, strict=True)
-        new_cache = KVCache(keys, values, places.slot_mask, jnp.asarray(places.next_slot, jnp.int32))
+            return self.decoder.block[i](x, places, bias, slots=slots, memory=read)
+
+        x, new_cache = run_layers(layer, len(self.decoder.block), x, places, cache)
         return self.decoder.final_layer_norm(x), new_cache
 
     def logits(self, hidden: Float[Array, "*tokens d_model"]) -> Float[Array, "*tokens vocab"]:

@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,44 @@ def tuned_config[C](kernel: str, config_class: type[C], *args: Any) -> C | None:
     path = table_path(device_kind())
     entry = _read_once(path).get(kernel, {}).get(describe(*args))
     return None if entry is None else load_config(config_class, entry["config"], f"{path.name}, {kernel}")
+
+
+def choose_config[C](
+    kernel: str,
+    config_class: type[C],
+    arguments: tuple[Any, ...],
+    config: C | None,
+    implementation: str | None,
+    *,
+    check: Callable[[C | None], None],
+    candidates: Callable[..., list[C]],
+) -> C | None:
+    """The config that a kernel runs with: the caller's, the tuned one, its heuristic's; None for the xla path.
+
+    Args:
+        kernel: its name.
+        config_class: its `Config`.
+        arguments: the kernel's; only shapes, dtypes and static values are read.
+        config: the caller's, or None.
+        implementation: as of the kernel.
+        check: raises NotImplementedError where the kernel cannot take these arguments or this device, and ValueError
+            where the caller's config does not fit them.
+        candidates: the kernel's.
+
+    Raises:
+        NotImplementedError: what `check` raised, where an implementation was asked for.
+        ValueError: the caller's config, or the table's, does not fit.
+    """
+    if implementation == "xla":
+        return None
+    try:
+        check(config)
+        config = config or tuned_config(kernel, config_class, *arguments)
+        return config or next(iter(candidates(*arguments)), None)
+    except NotImplementedError:
+        if implementation is not None:
+            raise
+        return None
 
 
 def load_config[C](config_class: type[C], values: dict[str, Any], origin: str) -> C:

@@ -20,6 +20,8 @@ from jax import lax
 from jax.experimental import io_callback
 from jaxtyping import Array, Bool, Float, Int
 
+from sparsellm.packing import bucket
+
 CHUNK = 32  # steps between looks at whether all sequences have ended
 SMALLEST_BUCKET = 32
 
@@ -223,19 +225,18 @@ def _chunks(max_new_tokens: int) -> tuple[int, int]:
 
 
 def _pad_left(prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[Int[np.ndarray, "b n"], Bool[np.ndarray, "b n"]]:
-    bucket = _bucket(max(map(len, prompts)))
-    tokens = np.full((len(prompts), bucket), pad_id, np.int32)
+    width = _bucket(max(map(len, prompts)))
+    tokens = np.full((len(prompts), width), pad_id, np.int32)
     mask = np.zeros(tokens.shape, bool)
     for i, prompt in enumerate(prompts):
-        tokens[i, bucket - len(prompt) :] = prompt
-        mask[i, bucket - len(prompt) :] = True
+        tokens[i, width - len(prompt) :] = prompt
+        mask[i, width - len(prompt) :] = True
     return tokens, mask
 
 
 def _bucket(length: int) -> int:
     """The next of four sizes an octave (32, 40, 48, 56, 64, 80, ...): at most a quarter is padding."""
-    step = max(SMALLEST_BUCKET, 1 << (length - 1).bit_length()) // 8
-    return max(SMALLEST_BUCKET, -(-length // step) * step)
+    return bucket(max(length, SMALLEST_BUCKET), 8)
 
 
 def _check(config, prompts, max_new_tokens: int, temperature: float, top_k, top_p, key) -> None:

@@ -134,16 +134,13 @@ def gather_matmul(
     check_implementation(implementation)
     if config is not None and index.rows % 64 == 0:
         check_config(config, a_t, index)
-    try:
-        if implementation == "xla":
-            config = None
-        else:
-            check_support(index, None if implementation == "interpret" else DEVICES)
-            arguments = a_t, b, index, zero_elsewhere
-            config = config or tuning.tuned_config("gather_matmul", Config, *arguments)
-            config = config or next(iter(candidates(*arguments)), None)
-    except NotImplementedError:
-        if implementation is not None:
-            raise
-        config = None
+
+    def check(config: Config | None) -> None:
+        devices = None if implementation == "interpret" else DEVICES
+        check_support(index, devices)
+
+    arguments = a_t, b, index, zero_elsewhere
+    config = tuning.choose_config(
+        "gather_matmul", Config, arguments, config, implementation, check=check, candidates=candidates
+    )
     return _gather_matmul(*vary_together(a_t, b, index), zero_elsewhere, config, implementation)

@@ -193,14 +193,15 @@ def _produce(
                     first = s * BLOCK_K
                     return gather_stage(g, entries_smem, first, left - first, m0, n0, block_m)
 
-                return lax.fori_loop(0, pl.cdiv(left, BLOCK_K), step, g), next_entries
+                g = lax.fori_loop(0, pl.cdiv(left, BLOCK_K), step, g)
+            else:
 
-            def block_step(s, g):
-                entry, inner = lax.div(s, cols // BLOCK_K), lax.rem(s, cols // BLOCK_K)
-                k0 = entries_smem[entry] * cols + inner * BLOCK_K
-                return copy_tile(g, k0, m0, n0, block_m)
+                def block_step(s, g):
+                    entry, inner = lax.div(s, cols // BLOCK_K), lax.rem(s, cols // BLOCK_K)
+                    k0 = entries_smem[entry] * cols + inner * BLOCK_K
+                    return copy_tile(g, k0, m0, n0, block_m)
 
-            g = lax.fori_loop(0, left * (cols // BLOCK_K), block_step, g)
+                g = lax.fori_loop(0, left * (cols // BLOCK_K), block_step, g)
             plgpu.commit_smem()  # every thread has read its entries: the slot may be staged anew
             return g, next_entries
 

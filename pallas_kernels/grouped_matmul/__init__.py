@@ -201,17 +201,14 @@ def grouped_matmul(
     _check(x, w, routing, bias, scale, options)
     check_implementation(implementation)
     arguments = x, w, routing, bias, scale, *options
-    try:
-        if implementation == "xla":
-            config = None
-        else:
-            check_support(*arguments, devices=None if implementation == "interpret" else DEVICES)
-            if config is not None:
-                check_config(config, *arguments)
-            config = config or tuning.tuned_config("grouped_matmul", Config, *arguments)
-            config = config or candidates(*arguments)[0]
-    except NotImplementedError:
-        if implementation is not None:
-            raise
-        config = None
+
+    def check(config: Config | None) -> None:
+        devices = None if implementation == "interpret" else DEVICES
+        check_support(*arguments, devices=devices)
+        if config is not None:
+            check_config(config, *arguments)
+
+    config = tuning.choose_config(
+        "grouped_matmul", Config, arguments, config, implementation, check=check, candidates=candidates
+    )
     return _grouped_matmul(*vary_together(x, w, routing, bias, scale), options, config, implementation)

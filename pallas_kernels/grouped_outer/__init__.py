@@ -126,17 +126,14 @@ def grouped_outer(
     _check(x, y, routing, gather_x, gather_y)
     check_implementation(implementation)
     arguments = x, y, routing, gather_x, gather_y
-    try:
-        if implementation == "xla":
-            config = None
-        else:
-            check_support(*arguments, devices=None if implementation == "interpret" else DEVICES)
-            if config is not None:
-                check_config(config, *arguments)
-            config = config or tuning.tuned_config("grouped_outer", Config, *arguments)
-            config = config or candidates(*arguments)[0]
-    except NotImplementedError:
-        if implementation is not None:
-            raise
-        config = None
+
+    def check(config: Config | None) -> None:
+        devices = None if implementation == "interpret" else DEVICES
+        check_support(*arguments, devices=devices)
+        if config is not None:
+            check_config(config, *arguments)
+
+    config = tuning.choose_config(
+        "grouped_outer", Config, arguments, config, implementation, check=check, candidates=candidates
+    )
     return _grouped_outer(*vary_together(x, y, routing), gather_x, gather_y, config, implementation)

@@ -92,18 +92,17 @@ def neuron_ffn(
     check_implementation(implementation)
     if config is not None:
         check_config(config)
-    try:
-        if implementation == "xla":
-            config = None
-        else:
-            check_support(x, None if implementation == "interpret" else DEVICES)
-            arguments = x, w1, b1, w2, neurons, count, activation
-            config = config or tuning.tuned_config("neuron_ffn", Config, *arguments) or candidates(*arguments)[0]
+
+    def check(config: Config | None) -> None:
+        devices = None if implementation == "interpret" else DEVICES
+        check_support(x, devices)
+        if config is not None:
             check_fits(config, *x.shape)
-    except NotImplementedError:
-        if implementation is not None:
-            raise
-        config = None
+
+    arguments = x, w1, b1, w2, neurons, count, activation
+    config = tuning.choose_config(
+        "neuron_ffn", Config, arguments, config, implementation, check=check, candidates=candidates
+    )
     arrays = vary_together(x, w1, b1, w2, neurons, count)
     return _neuron_ffn(*arrays, activation, config, implementation)
 

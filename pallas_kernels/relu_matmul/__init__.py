@@ -104,17 +104,14 @@ def relu_matmul(
     check_implementation(implementation)
     if config is not None:
         check_config(config)
-    try:
-        if implementation == "xla":
-            config = None
-        else:
-            check_support(x, rows, None if implementation == "interpret" else DEVICES)
-            arguments = x, w, bias, rows, mask
-            config = config or tuning.tuned_config("relu_matmul", Config, *arguments) or candidates(*arguments)[0]
-    except NotImplementedError:
-        if implementation is not None:
-            raise
-        config = None
+
+    def check(config: Config | None) -> None:
+        devices = None if implementation == "interpret" else DEVICES
+        check_support(x, rows, devices)
+
+    config = tuning.choose_config(
+        "relu_matmul", Config, (x, w, bias, rows, mask), config, implementation, check=check, candidates=candidates
+    )
     return _relu_matmul(*vary_together(x, w, bias, mask), rows, config, implementation)
 
 

@@ -19,7 +19,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from pallas_kernels import tuning
-from pallas_kernels.operands import check_implementation
+from pallas_kernels.operands import check_implementation, vary_together
 from pallas_kernels.route.cases import CASES, peers, work
 from pallas_kernels.route.mosaic import Config, check_config, check_support, configs, mosaic
 from pallas_kernels.route.reference import reference
@@ -89,31 +89,20 @@ def route(
         return _nothing(scores, top_k)
     if capacity is not None and capacity >= scores.shape[0] // groups:  # room for all: a token names an expert once
         capacity, priority, groups = None, None, 1
-    try:
-        if implementation == "xla":
-            config = None
-        else:
-            devices = None if implementation == "interpret" else DEVICES
-            check_support(scores, top_k, capacity, priority, groups, devices)
-            config = config or tuning.tuned_config("route", Config, scores, top_k, capacity, priority, mask, groups)
-            config = config or configs(scores.shape[0])[0]
-    except NotImplementedError:
-        if implementation is not None:
-            raise
-        config = None
+
+    def check(config: Config | None) -> None:
+        check_support(scores, top_k, capacity, priority, groups, None if implementation == "interpret" else DEVICES)
+
+    config = tuning.choose_config(
+        "route", Config, (scores, top_k, capacity, priority, mask, groups), config, implementation, check=check,
+        candidates=lambda *_: configs(scores.shape[0]),
+    )  # fmt: skip
     scores = lax.stop_gradient(scores)
     with jax.enable_x64(False):  # under which a Python integer meets an int32 as one of its kind
         if config is None:
             return xla(scores, top_k, capacity, priority, mask, groups)
         out = mosaic(scores, top_k, capacity, mask, groups, config, interpret=implementation == "interpret")
-    return _varying_as(scores, *out)
-
-
-@jax.jit  # eagerly, ones_like would copy the scores' sharding, whose rank is not 0
-def _varying_as[*Outputs](scores, *outputs: *Outputs) -> tuple[*Outputs]:
-    """Inside of shard_map these vary as the scores do, but a kernel's outputs do not say so by themselves."""
-    one = jnp.ones_like(scores, shape=(), dtype=jnp.int32)
-    return jax.tree.map(lambda x: x * one, outputs)  # which XLA drops
+    return vary_together(scores, out)[1]  # under shard_map a kernel's output does not say that it varies
 
 
 def _nothing(scores, top_k: int) -> tuple[Int32[Array, "0 {top_k}"], Routing]:

@@ -98,17 +98,14 @@ def sampled_matmul(
     check_operands("ln,wn", a=a, b=b)
     check_index(index, L=a.shape[0], W=b.shape[0])
     check_implementation(implementation)
-    try:
-        if implementation == "xla":
-            config = None
-        else:
-            check_support(index, None if implementation == "interpret" else DEVICES)
-            if config is not None:
-                check_config(config, a, b, index)
-            config = config or tuning.tuned_config("sampled_matmul", Config, a, b, index)
-            config = config or candidates(a, b, index)[0]
-    except NotImplementedError:
-        if implementation is not None:
-            raise
-        config = None
+
+    def check(config: Config | None) -> None:
+        devices = None if implementation == "interpret" else DEVICES
+        check_support(index, devices)
+        if config is not None:
+            check_config(config, a, b, index)
+
+    config = tuning.choose_config(
+        "sampled_matmul", Config, (a, b, index), config, implementation, check=check, candidates=candidates
+    )
     return _sampled_matmul(*vary_together(a, b, index), config, implementation)

@@ -105,17 +105,14 @@ def scatter_matmul(
     check_operands("mk,kn", a=a, b=b)
     check_index(index, M=a.shape[0], K=a.shape[1])
     check_implementation(implementation)
-    try:
-        if implementation == "xla":
-            config = None
-        else:
-            check_support(a, index, None if implementation == "interpret" else DEVICES)
-            if config is not None:
-                check_config(config, a, b, index)
-            config = config or tuning.tuned_config("scatter_matmul", Config, a, b, index)
-            config = config or candidates(a, b, index)[0]
-    except NotImplementedError:
-        if implementation is not None:
-            raise
-        config = None
+
+    def check(config: Config | None) -> None:
+        devices = None if implementation == "interpret" else DEVICES
+        check_support(a, index, devices)
+        if config is not None:
+            check_config(config, a, b, index)
+
+    config = tuning.choose_config(
+        "scatter_matmul", Config, (a, b, index), config, implementation, check=check, candidates=candidates
+    )
     return _scatter_matmul(*vary_together(a, b, index), config, implementation)

@@ -81,8 +81,10 @@ class LoweringError(Exception):
     """The kernel cannot be lowered for this GPU, or lowers to an instruction that it does not have."""
 
 
-def lower(function: Callable[..., Any], shapes: list[jax.ShapeDtypeStruct], gpu: Gpu) -> None:
+def lower(function: Callable[..., Any], shapes: list[jax.ShapeDtypeStruct], gpu: Gpu) -> str:
     """Runs the whole Mosaic lowering of `function(*shapes)` for `gpu`: layouts, shared memory, divisibility.
+
+    Returns the program's text.
 
     Raises:
         NotImplementedError: the kernel itself, while it is traced, says that it does not take this.
@@ -100,3 +102,4 @@ def lower(function: Callable[..., Any], shapes: list[jax.ShapeDtypeStruct], gpu:
             raise LoweringError(
                 f"{instruction} needs compute capability {capability}; {gpu.kind} has {gpu.compute_capability}"
             )
+    return text
