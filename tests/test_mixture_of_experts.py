@@ -36,14 +36,6 @@ ACTIVATIONS = {
 }
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-    """What is tested here is small: compiling it takes the time."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def f64(x) -> np.ndarray:
     return np.asarray(x, np.float64)
 

@@ -21,14 +21,6 @@ LENGTHS = [3, 16, 1, 7]  # of a bucket of 16
 TINY = OPTConfig(vocab_size=37, layers=1, d_model=8, heads=2, d_ff=19, max_length=31)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """What is tested here is small: compiling it takes the time."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @jax.jit
 def run(model, tokens, mask=None, packing=None):
     """Logits, and what was captured."""

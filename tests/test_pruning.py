@@ -25,13 +25,6 @@ from sparsellm.sparse_dot import sparse_dot
 LENGTH, VOCAB = 8, 19
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compiles():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def tiny_opt(**changes) -> OPT:
     return nnx.clone(_initial(**changes))
 

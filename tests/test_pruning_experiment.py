@@ -3,7 +3,6 @@ import json
 import math
 from typing import Any
 
-import jax
 import pytest
 
 from experiments import pruning, quickstart
@@ -11,14 +10,6 @@ from experiments.__main__ import main
 from experiments.runs import Run
 from models import OPTConfig
 from sparsellm.pruning import NM, Blocks, Unstructured
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compiles():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
 
 CONFIG = dataclasses.replace(
     pruning.Config.smoke(), methods=("magnitude", "wanda owl"), patterns=("unstructured",), recovery_steps=1

@@ -23,14 +23,6 @@ from sparsellm.sparsify import Rule, products, sparsify
 relu = jax.nn.relu
 
 
-@pytest.fixture(autouse=True)
-def compiled_quickly():
-    """These tests are about what is computed; most of their time would be XLA making it fast."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def equations(jaxpr):
     for eqn in jaxpr.eqns:
         yield eqn
