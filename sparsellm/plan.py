@@ -178,14 +178,17 @@ def workload(plan: Plan, cost: TileCost, sms: int, m: int, k: int, n: int, count
 
 
 def moved_bytes(plan: Plan, m: int, k: int, n: int, dtype: DTypeLike, counts: np.ndarray) -> float:
-    """Bytes of A that are live, of the rows of B that they can name, and of C."""
+    """Bytes of A that are live, of the rows of B that they can name, of C, and of what parts of its rows sum up."""
+    sums = 0.0
     if plan.micro_tile is None:
         of_a, rows_of_b = m * k, k
     else:
         rows, cols = min(plan.micro_tile.rows, m), min(plan.micro_tile.cols, k)
         of_a = min(m * k, float(counts.sum()) * rows * cols)
         rows_of_b = min(k, float((counts if plan.axis == "k" else counts > 0).sum()) * cols)
-    return float(jnp.dtype(dtype).itemsize * (of_a + rows_of_b * n + m * n))
+        if plan.axis == "m" and cols < k:  # scatter_matmul writes what each list gives, and reads it
+            sums = 2 * float(counts.sum()) * n
+    return float(jnp.dtype(dtype).itemsize * (of_a + rows_of_b * n + m * n + sums))
 
 
 def choose_plan(

@@ -121,10 +121,8 @@ def load_table(path: Path) -> TileCosts:
         raise ValueError(f"{path} must be a table as sparsellm.tiles.measure writes it; got {error!r}") from error
 
 
-def runs_on(kernel: str, device_kind: str, dtype: str) -> bool:
+def runs_on(kernel: str, device_kind: str) -> bool:
     """Whether a kernel, by its name in the tile database, is more than a masked dense product on a GPU."""
-    if kernel[0] == "m" and (kernel != "m 1xK" or dtype == "float32"):  # what scatter_matmul's kernel does not take
-        return False
     devices = {"k": GATHER_DEVICES, "m": SCATTER_DEVICES}.get(kernel[0])
     return devices is None or device_kind.startswith(devices)
 
@@ -155,7 +153,7 @@ def _modelled(gpu: Gpu) -> TileCosts:
             ("k 64x1", 64, 0.67, size),
             ("m 1xK", 128, 0.96, size),
         ):
-            if runs_on(kernel, gpu.kind, dtype):
+            if runs_on(kernel, gpu.kind):
                 kernels[f"{kernel} {dtype}"] = TileCost(
                     tile_m=tile_m,
                     tile_n=256,

@@ -11,7 +11,7 @@ import itertools
 import statistics
 import sys
 from collections.abc import Callable, Collection, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,25 +31,41 @@ from sparsellm.tiles import STEP_K, TileCost, TileCosts, runs_on
 type Row = dict[str, Any]
 
 SIZES = ((4096, 4096, 4096), (512, 8192, 4096), (2048, 2048, 8192))  # M, K, N
-DENSITIES = (0.5, 0.2, 0.05, 0.01)  # not 1: there gather_matmul walks contiguous tiles, and choose_plan takes dense
 DTYPES = ("bfloat16", "float32")
-# Plans by kernel, and the dense tile of each: its other dimension is what the widest config of the kernel has.
-PLANS = {
-    "dense": ((1, 1), [DENSE]),
-    "k 128x128": ((128, 256), [Plan("k", MicroTile(128, 128))]),
-    "k 128x1": ((128, 256), [Plan("k", MicroTile(128, 1))]),
-    "k 64x64": ((64, 256), [Plan("k", MicroTile(64, 64))]),
-    "k 64x1": ((64, 256), [Plan("k", MicroTile(64, 1))]),
-    "m 1xK": ((128, 256), [Plan("m", MicroTile(1, max(k for _, k, _ in SIZES)))]),
+
+
+class Measured(NamedTuple):
+    """What is timed of a kernel.
+
+    Attributes:
+        plan: that runs it.
+        tile: its dense tile, (rows, columns); the columns are those that its widest config has.
+        densities: shares of live micro-tiles. Not 1, where gather_matmul walks contiguous tiles (choose_plan takes
+            dense there); and of parts of rows none at which scatter_matmul makes a dense product of them.
+    """
+
+    plan: Plan
+    tile: tuple[int, int]
+    densities: Sequence[float] = (0.5, 0.2, 0.05, 0.01)
+
+
+KERNELS = {
+    "dense": Measured(DENSE, (1, 1), (1.0,)),
+    "k 128x128": Measured(Plan("k", MicroTile(128, 128)), (128, 256)),
+    "k 128x1": Measured(Plan("k", MicroTile(128, 1)), (128, 256)),
+    "k 64x64": Measured(Plan("k", MicroTile(64, 64)), (64, 256)),
+    "k 64x1": Measured(Plan("k", MicroTile(64, 1)), (64, 256)),
+    "m 1xK": Measured(Plan("m", MicroTile(1, max(k for _, k, _ in SIZES))), (128, 256)),
+    "m 1x64": Measured(Plan("m", MicroTile(1, 64)), (128, 256), (0.05, 0.02, 0.01)),
+    "m 1x32": Measured(Plan("m", MicroTile(1, 32)), (128, 256), (0.02, 0.01)),
 }
 
 
 def measure_tiles(
     gpu: Gpu,
     *,
-    kernels_wanted: Collection[str] = tuple(PLANS),
+    kernels_wanted: Collection[str] = tuple(KERNELS),
     sizes: Sequence[tuple[int, int, int]] = SIZES,
-    densities: Sequence[float] = DENSITIES,
     dtypes: Sequence[str] = DTYPES,
     timer: Timer = cupti,
     report: Callable[[str], None] = print,
@@ -58,9 +74,8 @@ def measure_tiles(
 
     Args:
         gpu: the GPU of this machine.
-        kernels_wanted: some of PLANS.
+        kernels_wanted: some of KERNELS.
         sizes: M, K, N of the products.
-        densities: shares of live micro-tiles; dense is timed at one of them.
         dtypes: of the operands.
         timer: measures a jitted function.
         report: takes a line of progress.
@@ -72,14 +87,13 @@ def measure_tiles(
         RuntimeError: a product is wrong.
     """
     kernels, rows = {}, []
-    for (kernel, (tile, plans)), dtype in itertools.product(PLANS.items(), dtypes):
-        if kernel not in kernels_wanted or not runs_on(kernel, gpu.kind, dtype):
-            continue
+    wanted = [kernel for kernel in kernels_wanted if runs_on(kernel, gpu.kind)]
+    for kernel, dtype in itertools.product(wanted, dtypes):
+        plan, tile, densities = KERNELS[kernel]
         own = []
-        for plan, size in itertools.product(plans, sizes):
-            for density in densities[:1] if plan == DENSE else densities:
-                own.append(measure(plan, size, density, dtype, timer))
-                report(f"{kernel} {dtype} {size} at {density:g}: {own[-1]['time_us']:.2f} us")
+        for size, density in itertools.product(sizes, densities):
+            own.append(measure(plan, size, density, dtype, timer))
+            report(f"{kernel} {dtype} {size} at {density:g}: {own[-1]['time_us']:.2f} us")
         kernels[f"{kernel} {dtype}"] = fit(own, tile, gpu)
         kept = [{key: value for key, value in row.items() if key != "counts"} for row in own]
         rows += [row | {"plan": str(row["plan"])} for row in kept]
@@ -170,12 +184,12 @@ def _nonnegative(features: np.ndarray, times: np.ndarray) -> list[float]:
 def main() -> int:
     """Measures this machine's GPU and writes its table; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m sparsellm.tiles.measure", description=__doc__)
-    parser.add_argument("kernels", nargs="*", metavar="KERNEL", help=f"these alone, of {', '.join(PLANS)}")
+    parser.add_argument("kernels", nargs="*", metavar="KERNEL", help=f"these alone, of {', '.join(KERNELS)}")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES)
     options = parser.parse_args()
-    wanted = options.kernels or tuple(PLANS)
-    if unknown := set(wanted) - set(PLANS):
-        parser.error(f"KERNEL must be one of {', '.join(PLANS)}; got {', '.join(sorted(unknown))}")
+    wanted = options.kernels or tuple(KERNELS)
+    if unknown := set(wanted) - set(KERNELS):
+        parser.error(f"KERNEL must be one of {', '.join(KERNELS)}; got {', '.join(sorted(unknown))}")
     kind = device_kind()
     gpu = find_gpu(kind)
     if gpu is None or jax.default_backend() != "gpu":
