@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax.typing import DTypeLike
 
-TOLERANCES = {"bfloat16": 1e-2, "float16": 1e-2, "float32": 1e-5}
+TOLERANCES = {"bfloat16": 1e-2, "float16": 1e-2, "float32": 1e-5, "float8_e4m3fn": 1e-2}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.micro_tile_index import MicroTileIndex
@@ -65,6 +66,12 @@ def check_index(index: MicroTileIndex, *, columns: int | None = None, **dimensio
         rule = f"index must have ceil({w_name} / rows)" + f" * ceil({columns} / out_cols)" * (across > 1)
         got = f"{w_name}={width}, rows={index.rows}, out_cols={index.out_cols}"
         raise ValueError(f"{rule} lists and counts; got {lists} and {counts}, {got}")
+
+
+def result_dtype(dtype: DTypeLike) -> jnp.dtype:
+    """Of a product of operands of this dtype: the same, and bfloat16 of float8."""
+    dtype = jnp.dtype(dtype)
+    return jnp.dtype(jnp.bfloat16) if dtype.itemsize == 1 else dtype
 
 
 def check_implementation(implementation: str | None) -> None:

@@ -340,9 +340,9 @@ ONES = jnp.ones
         (dict(w=ONES((2, 5, 6))), r"K of x; got \[2, 5, 6\], experts=2, K=4"),
         (dict(w=ONES((3, 4, 6))), r"experts of routing .* got \[3, 4, 6\], experts=2"),
         (dict(transposed=True), r"w must be \[experts, N, K\]"),
-        (dict(x=ONES((8, 4), jnp.int32)), "dtype must be bfloat16, float16 or float32; got int32"),
+        (dict(x=ONES((8, 4), jnp.int32)), "dtype must be bfloat16, float16, float32 or float8_e4m3fn; got int32"),
         (dict(w=ONES((2, 4, 6), jnp.bfloat16)), "x and w must have one dtype; got float32 and bfloat16"),
-        (dict(bias=ONES((2, 6), jnp.float16)), "x and bias must have one dtype; got float32 and float16"),
+        (dict(bias=ONES((2, 6), jnp.float16)), "bias must be float32, as the result is; got float16"),
         (dict(bias=ONES((2, 5))), r"bias must be \[experts, N\]; got \[2, 5\], experts=2, N=6"),
         (dict(scale=ONES(7)), r"scale must be float32\[8\], one a slot; got float32\[7\]"),
         (dict(scale=ONES(8, jnp.bfloat16)), r"scale must be float32\[8\].* got bfloat16\[8\]"),
@@ -393,3 +393,26 @@ def test_peers_and_candidates(case):
     assert jitted(named["dense"], args)(*arrays).size == args[2].slots * args[1].shape[1 if args[9] else 2]
     if "ragged_dot" in named:
         assert_close(jitted(named["ragged_dot"], args)(*arrays), expected(*args), 1e-2)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_float8_gives_bfloat16(transposed):
+    """Value and gradients: what float8 holds is exact in bfloat16, so the rest is the wide product's rounding."""
+    x, w, routing, bias, scale = problem(
+        5, (3, 0, 6), slots=10, transposed=transposed, biased=True, scaled=True, dtype=jnp.float8_e4m3fn
+    )
+    bias, options = bias.astype(jnp.bfloat16), {"transposed": transposed, "activation": "silu", "scatter": True}
+    out, pull_back = jax.vjp(lambda x, w: grouped_matmul(x, w, routing, bias, scale, **options), x, w)
+    assert out.dtype == jnp.bfloat16
+    assert_close(out, expected(x, w, routing, bias, scale, **options), 1e-2)
+    wide, exact = (a.astype(jnp.float32) for a in (x, w)), (bias.astype(jnp.float32), scale)
+    _, pull_back_wide = jax.vjp(lambda x, w: grouped_matmul(x, w, routing, *exact, **options), *wide)
+    for grad, ref, operand in zip(pull_back(out), pull_back_wide(out.astype(jnp.float32)), (x, w), strict=True):
+        assert grad.dtype == operand.dtype
+        assert_close(grad, jnp.clip(ref, -448, 448), 0.05)  # three bits of mantissa
+
+
+def test_float8_weights_of_the_kernel_are_transposed():
+    x, w, routing, *_ = problem(0, (4, 4), slots=8, k=64, n=64, dtype=jnp.float8_e4m3fn)
+    with pytest.raises(NotImplementedError, match=r"float8_e4m3fn weights as \[experts, N, K\]"):
+        grouped_matmul(x, w, routing, implementation="interpret")

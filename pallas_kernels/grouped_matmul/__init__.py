@@ -24,7 +24,7 @@ from pallas_kernels import tuning
 from pallas_kernels.grouped_matmul.cases import CASES, peers, work
 from pallas_kernels.grouped_matmul.mosaic import Config, candidates, check_config, check_support, mosaic
 from pallas_kernels.grouped_matmul.reference import ACTIVATIONS, finish, reference, xla
-from pallas_kernels.operands import check_implementation, same_path, vary_together
+from pallas_kernels.operands import check_implementation, result_dtype, same_path, vary_together
 from pallas_kernels.routing import Routing, check_routing
 
 DEVICES = ("NVIDIA H100", "NVIDIA H200")
@@ -45,13 +45,13 @@ def _grouped_matmul(
     x, w, routing: Routing, bias, scale, options: _Options, config: Config | None, implementation: str | None
 ):
     """The product by the Mosaic kernel, or by xla where there is no config. The gradients make their own choice."""
-    n = w.shape[1 if options.transposed else 2] // (2 if options.gated else 1)
+    n, dtype = w.shape[1 if options.transposed else 2] // (2 if options.gated else 1), result_dtype(x.dtype)
     if 0 in (routing.slots, n):
-        return jnp.zeros_like(x, shape=(routing.slots, n))
+        return jnp.zeros_like(x, shape=(routing.slots, n), dtype=dtype)
     config = config if x.size else None  # without K there is still what follows the product
     with jax.enable_x64(False):  # under which a Python integer meets an int32 as one of its kind
         if config is None:
-            return xla(x, w, routing, bias, scale, **options._asdict())
+            return xla(x.astype(dtype), w.astype(dtype), routing, bias, scale, **options._asdict())
         interpret = implementation == "interpret"
         out = mosaic(x, w, routing, bias, scale, **options._asdict(), config=config, interpret=interpret)
         return vary_together(x, out)[1]  # under shard_map a kernel's output does not say that it varies
@@ -89,6 +89,7 @@ def _backward(options: _Options, config, implementation, residuals, g):
 
     del config
     x, w, routing, bias, scale = residuals
+    operand_dtype, (x, w) = x.dtype, (a.astype(result_dtype(a.dtype)) for a in (x, w))
     gather, scatter, activation, gated, transposed = options
     path = functools.partial(same_path, implementation=implementation)
 
@@ -112,7 +113,7 @@ def _backward(options: _Options, config, implementation, residuals, g):
         ones = jnp.ones((routing.slots, 1), g.dtype)
         grad_bias = path(grouped_outer, ones, g, routing, False, scatter)[:, 0]
     no_grad = jax.tree.map(lambda x: jnp.zeros(x.shape, jax.dtypes.float0), routing)
-    return grad_x, grad_w, no_grad, grad_bias, grad_scale
+    return grad_x.astype(operand_dtype), grad_w.astype(operand_dtype), no_grad, grad_bias, grad_scale
 
 
 _grouped_matmul.defvjp(_forward, _backward)
@@ -124,8 +125,8 @@ def _check(x, w, routing: Routing, bias, scale, options: _Options) -> None:
     layout = "[experts, N, K]" if options.transposed else "[experts, K, N]"
     if x.ndim != 2 or w.ndim != 3:
         raise ValueError(f"x and w must be [rows, K] and {layout}; got shapes {x.shape} and {w.shape}")
-    if x.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
-        raise ValueError(f"dtype must be bfloat16, float16 or float32; got {x.dtype}")
+    if x.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32, jnp.float8_e4m3fn):
+        raise ValueError(f"dtype must be bfloat16, float16, float32 or float8_e4m3fn; got {x.dtype}")
     slots, experts = routing.slots, routing.counts.shape[0]
     rows = slots // routing.top_k if options.gather else slots
     if x.shape[0] != rows:
@@ -137,9 +138,10 @@ def _check(x, w, routing: Routing, bias, scale, options: _Options) -> None:
         raise ValueError(f"w must be {layout}, of the experts of routing and the K of x; got {got}")
     if bias is not None and bias.shape != (experts, n):
         raise ValueError(f"bias must be [experts, N]; got {list(bias.shape)}, experts={experts}, N={n}")
-    for name, array in (("w", w), ("bias", bias)):
-        if array is not None and array.dtype != x.dtype:
-            raise ValueError(f"x and {name} must have one dtype; got {x.dtype} and {array.dtype}")
+    if w.dtype != x.dtype:
+        raise ValueError(f"x and w must have one dtype; got {x.dtype} and {w.dtype}")
+    if bias is not None and bias.dtype != result_dtype(x.dtype):
+        raise ValueError(f"bias must be {result_dtype(x.dtype)}, as the result is; got {bias.dtype}")
     if scale is not None and (scale.shape != (slots,) or scale.dtype != jnp.float32):
         raise ValueError(f"scale must be float32[{slots}], one a slot; got {scale.dtype}{list(scale.shape)}")
     if options.activation not in ACTIVATIONS:
@@ -167,15 +169,17 @@ def grouped_matmul(
 
     Results of dropped slots are zeros. Differentiable in `x`, `w`, `bias` and `scale` (reverse mode, any order); the
     gradient recomputes the product that an activation or a scale follows. Accumulates in float32 and finishes there
-    (bias, activation, gate, scale) before it rounds; equal inputs give equal bits. What is not finite stays within the
-    expert, and the slot, that has it; a dropped slot's row is not read.
+    (bias, activation, gate, scale) before it rounds; equal inputs give equal bits. Float8 gives bfloat16, and gradients
+    that are made in bfloat16. What is not finite stays within the expert, and the slot, that has it; a dropped slot's
+    row is not read.
 
     Args:
-        x: [slots, K] in the order of slots; where it is gathered [tokens, K]. bfloat16, float16 or float32.
+        x: [slots, K] in the order of slots; where it is gathered [tokens, K]. bfloat16, float16, float32, or
+            float8_e4m3fn (the Mosaic kernel takes that with transposed weights).
         w: weights of each expert, [experts, K, N], of the same dtype.
         routing: which expert takes which positions. Its values are not checked, as they are traced: counts that are
             negative or sum to more than there are slots, and an order that is no permutation, give an undefined result.
-        bias: [experts, N], of the same dtype.
+        bias: [experts, N], of the result's dtype.
         scale: of each slot's result, such as its weight in the mixture; float32 [slots], in the order of slots.
         gather: slot s reads row `order[s] // top_k` of x, instead of row s.
         scatter: slot s writes row `order[s]` of the result, instead of row s.
@@ -187,7 +191,8 @@ def grouped_matmul(
             detector, slow), or None: the Mosaic kernel where it can run, else xla.
 
     Returns:
-        [slots, N], or [slots, N / 2] where it is gated, in the dtype of x: rows are slots, or positions if scattered.
+        [slots, N], or [slots, N / 2] where it is gated, in the dtype of x or, for float8, bfloat16: rows are slots, or
+        positions if scattered.
 
     Raises:
         ValueError: shapes, dtypes, routing, activation or config do not fit together.

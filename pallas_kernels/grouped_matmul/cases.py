@@ -9,6 +9,7 @@ from jax import lax
 
 from pallas_kernels.case import Case, Work
 from pallas_kernels.grouped_matmul.reference import finish
+from pallas_kernels.operands import result_dtype
 from pallas_kernels.routing import Routing
 
 RAGGED_DOT_VALUES = 2**33  # of rows masked for each expert, as which XLA on a GPU computes it
@@ -23,10 +24,10 @@ def work(
     k, n, size = x.shape[1], w.shape[1 if transposed else 2], x.dtype.itemsize
     taken, live = int(routing.counts.sum()), int((routing.counts > 0).sum())
     rows = len(np.unique(np.asarray(routing.order)[:taken] // routing.top_k)) if gather else taken
-    weights = live * n * (k if bias is None else k + 1)
-    written = routing.slots * (n // 2 if gated else n)
+    written = routing.slots * (n // 2 if gated else n) + (0 if bias is None else live * n)
     words = taken * ((gather or scatter) + (scale is not None))
-    return Work(flops=2 * k * n * taken, bytes=size * (rows * k + weights + written) + 4 * words)
+    read = size * (rows * k + live * n * k) + 4 * words
+    return Work(flops=2 * k * n * taken, bytes=read + result_dtype(x.dtype).itemsize * written)
 
 
 def peers(
@@ -35,12 +36,13 @@ def peers(
 ):  # fmt: skip
     """What a user would run instead, and a dense product of equal FLOPs: all rows by the same experts.
 
-    For float32 that is at the same precision, and as TF32. XLA's ragged product is left out where a GPU's memory does
-    not hold what it makes of it.
+    For float32 that is at the same precision, and as TF32; for float8 it is bfloat16's. XLA's ragged product is left
+    out where a GPU's memory does not hold what it makes of it.
     """
-    experts = w.swapaxes(1, 2)[: routing.top_k] if transposed else w[: routing.top_k]
+    wide = result_dtype(x.dtype)
+    experts = w.astype(wide).swapaxes(1, 2)[: routing.top_k] if transposed else w.astype(wide)[: routing.top_k]
     columns = jnp.concatenate(experts if gather else experts[:1], axis=1)  # a constant: its copy is not timed
-    found = {"dense": lambda x, *_: jnp.dot(x, columns, precision=lax.Precision.HIGHEST)}
+    found = {"dense": lambda x, *_: jnp.dot(x.astype(wide), columns, precision=lax.Precision.HIGHEST)}
     if x.dtype == jnp.float32:
         found["tf32"] = lambda x, *_: jnp.dot(x, columns, precision="tensorfloat32")
 
@@ -84,6 +86,7 @@ def zipf(experts: int, exponent: float = 1.2) -> tuple[float, ...]:
 
 ALL = ("bfloat16", "float16", "float32")
 BF16 = ("bfloat16",)
+FLOAT8 = {"dtypes": ("float8_e4m3fn",), "transposed": True, "gradient": False}  # whose gradients are rounded to 3 bits
 SIXTEEN = ("bfloat16", "float16")  # float32 is interpreted in two cases: each takes its six products
 
 
@@ -103,15 +106,17 @@ def _case(
     activation: str | None = None,
     gated: bool = False,
     transposed: bool = False,
-    dtypes=ALL,
+    dtypes: Sequence[str] = ALL,
     **flags: bool,
 ) -> Case:
     def make(key: jax.Array, dtype: jnp.dtype):
         key_routing, key_x, key_w, key_bias, key_scale = jax.random.split(key, 5)
         experts, slots = len(popularity), tokens * top_k
-        x = jax.random.normal(key_x, (tokens if gather else slots, k), dtype)
-        w = jax.random.normal(key_w, (experts, n, k) if transposed else (experts, k, n), dtype) / k**0.5
-        bias = jax.random.normal(key_bias, (experts, n), dtype) if biased else None
+        wide = result_dtype(dtype)
+        x = jax.random.normal(key_x, (tokens if gather else slots, k), wide).astype(dtype)
+        w = jax.random.normal(key_w, (experts, n, k) if transposed else (experts, k, n), wide) / k**0.5
+        w = w.astype(dtype)
+        bias = jax.random.normal(key_bias, (experts, n), wide) if biased else None
         scale = jax.random.uniform(key_scale, (slots,)) if scaled else None
         routing = random_routing(key_routing, tokens, top_k, popularity, kept)
         return x, w, routing, bias, scale, gather, scatter, activation, gated, transposed
@@ -197,6 +202,20 @@ CASES = (
         dtypes=BF16,
         small=True,
     ),
+    _case("float8", tokens=70, k=208, n=136, popularity=(2, 0, 1), biased=True, scatter=True, small=True, **FLOAT8),
+    _case(
+        "float8, gathered, gated",
+        tokens=50,
+        k=256,
+        n=256,
+        popularity=(1, 2),
+        top_k=2,
+        gather=True,
+        activation="silu",
+        gated=True,
+        small=True,
+        **FLOAT8,
+    ),
     _case("all dropped", tokens=40, k=64, n=64, popularity=(1, 1), kept=0.0, biased=True, dtypes=BF16, small=True),
     _case(
         "odd sizes, relu",
@@ -211,6 +230,10 @@ CASES = (
         dtypes=("bfloat16", "float32"),
     ),  # fmt: skip
     _case("16 groups, 16384x2048x8192", tokens=16384, k=2048, n=8192, popularity=equal(16), dtypes=BF16, bench=True),
+    _case(
+        "float8, 16 groups, 16384x2048x8192", tokens=16384, k=2048, n=8192, popularity=equal(16), bench=True, **FLOAT8
+    ),
+    _case("float8, 128 groups, 1024x768x3072", tokens=1024, k=768, n=3072, popularity=equal(128), bench=True, **FLOAT8),
     *(case for tokens in (1024, 4096, 16384) for case in _layer("mixtral", tokens, **MIXTRAL)),
     *(case for tokens in (4096, 16384) for case in _layer("qwen3", tokens, **QWEN3)),
     *_layer("qwen3, zipf", 4096, popularity=zipf(128), **QWEN3),

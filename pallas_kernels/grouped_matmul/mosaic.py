@@ -46,7 +46,7 @@ def mosaic(
         transposed=transposed,
         gated=gated,
         activation=activation,
-        split=x.dtype == jnp.float32,
+        dtype=x.dtype,
     )
     return row_groups.row_groups_matmul(
         "grouped_matmul", x, w, groups, geometry, out=(slots, geometry.columns), most_slots=slots, bias=bias,
@@ -59,14 +59,16 @@ def candidates(x, w, routing, bias, scale, gather, scatter, activation, gated, t
     del bias, scale, gather, scatter, activation
     experts, k, n = w.shape
     k, n = (n, k) if transposed else (k, n)
-    return row_tiling.tilings(routing.order.shape[0], experts, k, n, gated=gated, split=x.dtype == jnp.float32)
+    return row_tiling.tilings(routing.order.shape[0], experts, k, n, gated=gated, dtype=x.dtype)
 
 
 def check_support(
     x, w, routing, bias, scale, gather, scatter, activation, gated, transposed, *, devices: tuple[str, ...] | None
 ) -> None:
     """Raises NotImplementedError where the kernel cannot take these arguments, or the device is none of `devices`."""
-    del x, routing, bias, scale, gather, scatter, activation
+    del routing, bias, scale, gather, scatter, activation
+    if x.dtype == jnp.float8_e4m3fn and not transposed:
+        raise NotImplementedError("the Mosaic kernel takes float8_e4m3fn weights as [experts, N, K], transposed=True")
     if gated and w.shape[1 if transposed else 2] % 128:
         n = w.shape[1 if transposed else 2]
         raise NotImplementedError(f"the Mosaic kernel needs N in multiples of 128 where w is gated; got N={n}")
@@ -77,4 +79,4 @@ def check_support(
 def check_config(config: Config, x, w, routing, bias, scale, gather, scatter, activation, gated, transposed) -> None:
     """Raises ValueError where a config does not fit the kernel or these arguments."""
     del w, routing, bias, scale, gather, scatter, activation, transposed
-    row_tiling.check_config(config, gated=gated, split=x.dtype == jnp.float32)
+    row_tiling.check_config(config, gated=gated, dtype=x.dtype)

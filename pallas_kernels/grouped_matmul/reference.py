@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Float32, Int32
 
-from pallas_kernels.operands import XLA_CHUNK
+from pallas_kernels.operands import XLA_CHUNK, result_dtype
 from pallas_kernels.routing import Routing
 
 ACTIVATIONS: dict[str | None, Callable[[Array], Array]] = {
@@ -62,7 +62,8 @@ def reference(
     zeros = jnp.zeros((routing.slots, w.shape[2]), jnp.float32)
     product, _ = lax.scan(keep_own, zeros, (experts, w))
     bias = None if bias is None else bias[jnp.minimum(expert_of_slot[:, 0], len(w) - 1)]
-    out = jnp.where(expert_of_slot < len(w), finish(product, bias, scale, activation, gated), 0).astype(x.dtype)
+    out = jnp.where(expert_of_slot < len(w), finish(product, bias, scale, activation, gated), 0)
+    out = out.astype(result_dtype(x.dtype))
     return jnp.zeros_like(out).at[routing.order].set(out) if scatter else out
 
 

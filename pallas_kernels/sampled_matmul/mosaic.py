@@ -23,7 +23,7 @@ def mosaic(
         width=index.rows,
         transposed=True,
         side_by_side=True,
-        split=a.dtype == jnp.float32,
+        dtype=a.dtype,
     )
     blocks = jnp.pad(b, ((0, -width % index.rows), (0, 0))).reshape(lists, index.rows, depth)
     out = row_groups.row_groups_matmul(
@@ -37,8 +37,7 @@ def candidates(a, b, index: MicroTileIndex) -> list[Config]:
     """Configs worth timing for these arguments (shapes are enough); the heuristic's choice comes first."""
     del b
     lists = index.indices.shape[0]
-    split = a.dtype == jnp.float32
-    return row_tiling.tilings(lists * a.shape[0], lists, a.shape[1], index.rows, split=split)
+    return row_tiling.tilings(lists * a.shape[0], lists, a.shape[1], index.rows, dtype=a.dtype)
 
 
 def check_support(index: MicroTileIndex, devices: tuple[str, ...] | None) -> None:
@@ -54,4 +53,4 @@ def check_support(index: MicroTileIndex, devices: tuple[str, ...] | None) -> Non
 def check_config(config: Config, a, b, index: MicroTileIndex) -> None:
     """Raises ValueError where a config does not fit the kernel or these arguments."""
     del b, index
-    row_tiling.check_config(config, split=a.dtype == jnp.float32)
+    row_tiling.check_config(config, dtype=a.dtype)

@@ -37,9 +37,9 @@ def mosaic(
 
 def _whole_rows(a, b, index: MicroTileIndex, config: Config, interpret: bool) -> Float[Array, "M N"]:
     (m, k), n = a.shape, b.shape[1]
-    listed, split = index.indices[0], a.dtype == jnp.float32
+    listed = index.indices[0]
     groups = row_groups.Groups(starts=jnp.zeros_like(index.counts), counts=index.counts, reads=listed, writes=listed)
-    geometry = Geometry(config=config, matrices=1, depth=k, width=n, transposed=False, split=split)
+    geometry = Geometry(config=config, matrices=1, depth=k, width=n, transposed=False, dtype=a.dtype)
     return row_groups.row_groups_matmul(
         "scatter_matmul", a, b[None], groups, geometry, out=(m, n), zeros=True, most_slots=m, interpret=interpret
     )
@@ -50,9 +50,7 @@ def _blocks(a, b, index: MicroTileIndex, config: Config, interpret: bool) -> Flo
     a, b = jnp.pad(a, ((0, 0), (0, -k % width))), jnp.pad(b, ((0, -k % width), (0, 0)))
     capacity = _capacity(m, k)
     groups, numbers = _sums(index, capacity)
-    geometry = Geometry(
-        config=config, matrices=lists, depth=width, width=n, transposed=False, split=a.dtype == jnp.float32, summed=m
-    )
+    geometry = Geometry(config=config, matrices=lists, depth=width, width=n, transposed=False, dtype=a.dtype, summed=m)
     sums = row_groups.row_groups_matmul(  # row m of A is `lists` rows, one for each block
         "scatter_matmul", a.reshape(m * lists, width), b.reshape(lists, width, n), groups, geometry,
         out=(capacity, n + -n % row_sums.COLUMNS), most_slots=capacity, interpret=interpret,
@@ -89,10 +87,9 @@ def _sums(index: MicroTileIndex, capacity: int) -> tuple[row_groups.Groups, Int3
 def candidates(a, b, index: MicroTileIndex) -> list[Config]:
     """Configs worth timing for these arguments (shapes are enough); the heuristic's choice comes first."""
     (m, k), n, lists = a.shape, b.shape[1], index.indices.shape[0]
-    split = a.dtype == jnp.float32
     if lists == 1:
-        return row_tiling.tilings(m, 1, k, n, split=split)
-    return row_tiling.tilings(_capacity(m, k), lists, index.rows, n, split=split)
+        return row_tiling.tilings(m, 1, k, n, dtype=a.dtype)
+    return row_tiling.tilings(_capacity(m, k), lists, index.rows, n, dtype=a.dtype)
 
 
 def check_support(a, index: MicroTileIndex, devices: tuple[str, ...] | None) -> None:
@@ -109,4 +106,4 @@ def check_support(a, index: MicroTileIndex, devices: tuple[str, ...] | None) -> 
 def check_config(config: Config, a, b, index: MicroTileIndex) -> None:
     """Raises ValueError where a config does not fit the kernel or these arguments."""
     del b, index
-    row_tiling.check_config(config, split=a.dtype == jnp.float32)
+    row_tiling.check_config(config, dtype=a.dtype)

@@ -26,10 +26,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Float32, Int32
 
+from pallas_kernels.operands import result_dtype
 from pallas_kernels.tile import device, epilogue, gathered, pipeline, rows, swrite
 from pallas_kernels.tile.gathered import Gathered
-from pallas_kernels.tile.pipeline import BLOCK_K
-from pallas_kernels.tile.row_tiling import Geometry
+from pallas_kernels.tile.row_tiling import STEP_BYTES, Geometry, is_promoted
 from pallas_kernels.tile.split import split
 
 
@@ -120,7 +120,7 @@ class _Walk:
         )
 
     def steps(self, tile: _Tile) -> jax.Array:
-        """Of 64 k, of a tile."""
+        """Of `block_k`, of a tile."""
         geometry = self.geometry
         further = geometry.steps * geometry.matrices if geometry.summed else 0
         return jnp.where(tile.group < geometry.matrices, geometry.steps, further)
@@ -153,7 +153,7 @@ def _produce(walk: _Walk, producer: pipeline.Producer, a_gmem, b_gmem, reads_gme
 
     def copy_b(matrix, k0, n0, slot, barrier):
         for part, first in enumerate(geometry.parts):
-            k, n = pl.ds(k0, BLOCK_K), pl.ds(n0 + first, geometry.consumer_columns)
+            k, n = pl.ds(k0, geometry.block_k), pl.ds(n0 + first, geometry.consumer_columns)
             b_tile = b_gmem.at[matrix, n, k] if geometry.transposed else b_gmem.at[matrix, k, n]
             plgpu.copy_gmem_to_smem(b_tile, b_smem.at[slot, part], barrier)
         return len(geometry.parts)
@@ -164,7 +164,7 @@ def _produce(walk: _Walk, producer: pipeline.Producer, a_gmem, b_gmem, reads_gme
 
         def step(s, carry):
             g, numbers = carry
-            matrix, k0 = walk.matrix(tile, s), lax.rem(s, geometry.steps) * BLOCK_K
+            matrix, k0 = walk.matrix(tile, s), lax.rem(s, geometry.steps) * geometry.block_k
             for a_term, b_term in geometry.products:
 
                 def start(slot, barrier, a_term=a_term, b_term=b_term):
@@ -213,8 +213,7 @@ def _consume(walk: _Walk, consumer, out_gmem, writes_gmem, bias_gmem, scale_gmem
 
         return pl.run_scoped(add_stages, *[plgpu.ACC((64, columns))] * halves)
 
-    def multiply_float32(g, steps):
-        # The tensor core truncates each time it adds to its accumulator: over a long k that would cost digits.
+    def multiply_promoted(g, steps):
         def step(_, carry):
             totals, g = carry
             sums, g = multiply(g, len(geometry.products))
@@ -231,7 +230,7 @@ def _consume(walk: _Walk, consumer, out_gmem, writes_gmem, bias_gmem, scale_gmem
         if bias_gmem is not None:  # loaded while the products are made
             at = [bias_gmem.at[tile.group, pl.ds(n0 + i * geometry.columns, bias_smem.shape[1])] for i in range(halves)]
             biases = [plgpu.load(x, layout=epilogue.bias_layout(x.shape[0]), optimized=False) for x in at]
-        accs, g_next = multiply_float32(g, walk.steps(tile)) if geometry.split else multiply(g, walk.steps(tile))
+        accs, g_next = (multiply_promoted if is_promoted(geometry.dtype) else multiply)(g, walk.steps(tile))
         for i, bias in enumerate(biases):
             bias_smem[i] = bias
         plgpu.commit_smem()
@@ -306,7 +305,7 @@ def row_groups_matmul(
 
     Args:
         name: of the kernel, for profiles.
-        a: A, 16-bit, or float32 where `geometry` is split.
+        a: A, of the dtype of `geometry`; float8 gives bfloat16.
         b: a matrix for each group that has one, [matrices, depth, width], or as `geometry` says.
         groups: which rows go where.
         geometry: the tiling.
@@ -317,7 +316,7 @@ def row_groups_matmul(
         scale: of each slot's result.
         interpret: runs it on CPU under the race detector.
     """
-    config, out_dtype = geometry.config, a.dtype
+    config, out_dtype = geometry.config, result_dtype(a.dtype)
     a, b = _aligned(a, b, geometry)
     if geometry.split:
         a, b = split(a), split(b)
@@ -331,7 +330,7 @@ def row_groups_matmul(
     }  # fmt: skip
     operands = {key: value for key, value in operands.items() if value is not None}
     most_tiles = (pl.cdiv(most_slots, config.block_m) + groups.counts.shape[0]) * geometry.tiles_across
-    part = geometry.consumer_columns, BLOCK_K
+    part = geometry.consumer_columns, geometry.block_k
     smem = functools.partial(plgpu.SMEM, dtype=a.dtype, transforms=pipeline.swizzled(a.dtype))
     out_shape = pipeline.CONSUMERS, swrite.SCATTER_SLOTS, 64, swrite.COLUMNS
     padded = jax.ShapeDtypeStruct((out[0], out[1] + -out[1] % swrite.COLUMNS), out_dtype)
@@ -343,7 +342,7 @@ def row_groups_matmul(
         num_threads=pipeline.WARPGROUPS,
         thread_name="warpgroup",
         scratch_types={
-            "a_smem": smem((config.stages, config.block_m, BLOCK_K)),
+            "a_smem": smem((config.stages, config.block_m, geometry.block_k)),
             "b_smem": smem((config.stages, len(geometry.parts), *(part if geometry.transposed else part[::-1]))),
             "out_smem": plgpu.SMEM(out_shape, out_dtype, transforms=pipeline.swizzled(out_dtype)),
             "bias_smem": plgpu.SMEM((pipeline.CONSUMERS, *geometry.bias_shape), out_dtype),
@@ -363,10 +362,11 @@ def row_groups_matmul(
 
 
 def _aligned(a: jax.Array, b: jax.Array, geometry: Geometry) -> tuple[jax.Array, jax.Array]:
-    """Both as the copies need them: rows of A start on 16 bytes, TMA takes whole swizzle atoms of B (8 x 64)."""
-    a = jnp.pad(a, ((0, 0), (0, -a.shape[1] % 8)))
+    """Both as the copies need them: rows of A start on 16 bytes, TMA takes whole swizzle atoms of B (8 x 128 bytes)."""
+    line, atom = (size // min(a.dtype.itemsize, 2) for size in (16, STEP_BYTES))  # float32 comes as 16-bit terms
+    a = jnp.pad(a, ((0, 0), (0, -a.shape[1] % line)))
     n_axis, k_axis = (1, 2) if geometry.transposed else (2, 1)
     pads = [(0, 0)] * 3
-    pads[n_axis] = (0, -b.shape[n_axis] % (8 if geometry.transposed else 64))
-    pads[k_axis] = (0, -b.shape[k_axis] % (64 if geometry.transposed else 8))
+    pads[n_axis] = (0, -b.shape[n_axis] % (8 if geometry.transposed else atom))
+    pads[k_axis] = (0, -b.shape[k_axis] % (atom if geometry.transposed else 8))
     return a, jnp.pad(b, pads)

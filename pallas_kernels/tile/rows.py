@@ -23,7 +23,6 @@ from pallas_kernels.tile.pipeline import swizzled
 LANES = 8  # threads that share a row
 ROWS_A_PASS = 128 // LANES
 LINE_BYTES = 128  # that they copy of it
-LINE = 64  # the same in 16-bit elements
 ATOM_BYTES = 8 * LINE_BYTES
 SPLAT = plgpu.Layout.WG_SPLAT
 
@@ -72,34 +71,36 @@ def gather_rows(matrix_gmem, stage_smem, numbers: jax.Array, first_col: jax.Arra
     """Starts the copies of some columns of a tile's rows; absent rows and columns past the matrix become zeros.
 
     Args:
-        matrix_gmem: 16-bit elements; its rows are a multiple of 16 bytes.
-        stage_smem: [rows, columns], a multiple of 64 columns, laid out as `pipeline.swizzled`.
+        matrix_gmem: its rows are a multiple of 16 bytes.
+        stage_smem: [rows, columns] of the same dtype, a multiple of 128 bytes wide, laid out as `pipeline.swizzled`.
         numbers: by `load_rows`.
-        first_col: scalar, a multiple of 8.
+        first_col: scalar, a multiple of 16 bytes.
         first_row: what the numbers count from.
     """
-    (rows, width), columns = stage_smem.shape, matrix_gmem.shape[1]
-    types = plgpu.RefType(), plgpu.RefType(swizzled(jnp.bfloat16)), _layout(rows)[1], SPLAT
+    (rows, width), columns, dtype = stage_smem.shape, matrix_gmem.shape[1], jnp.dtype(stage_smem.dtype)
+    size = dtype.itemsize
+    types = plgpu.RefType(), plgpu.RefType(swizzled(dtype)), _layout(rows)[1], SPLAT
 
     @plgpu.inline_mgpu(arg_types=types)
     def start_copies(ctx, matrix, stage, numbers, first_col):
         del ctx
-        column = _column_of_thread(first_col.registers.item(), 2)
-        source = _row(_line_of_row(matrix, column, 2), _const(first_row), 2 * columns)
-        to = _line_of_buffer(stage, 2 * width)
-        lines = range(width // LINE)
+        column = _column_of_thread(first_col.registers.item(), size)
+        source = _row(_line_of_row(matrix, column, size), _const(first_row), size * columns)
+        to = _line_of_buffer(stage, size * width)
+        lines = range(size * width // LINE_BYTES)
         inside = [  # static where the stage divides the matrix
-            None if columns % width == 0 else _less(arith.addi(column, _const(LINE * c)), columns) for c in lines
+            None if columns % width == 0 else _less(arith.addi(column, _const(c * LINE_BYTES // size)), columns)
+            for c in lines
         ]
         for p in range(rows // ROWS_A_PASS):
             number = llvm.extractelement(numbers.registers.item(), _const(p))
             exists = arith.cmpi(arith.CmpIPredicate.sge, number, _const(0))
-            from_row = _row(source, arith.select(exists, number, _const(0)), 2 * columns)
+            from_row = _row(source, arith.select(exists, number, _const(0)), size * columns)
             for c in lines:
                 valid = exists if inside[c] is None else arith.andi(exists, inside[c])
                 nvvm.cp_async_shared_global(
-                    utils.getelementptr(to, [_const((p * ROWS_A_PASS * width + 8 * LINE * c) * 2)], _i8()),
-                    utils.getelementptr(from_row, [_const(2 * LINE * c)], _i8()),
+                    utils.getelementptr(to, [_const(p * ROWS_A_PASS * size * width + c * ATOM_BYTES)], _i8()),
+                    utils.getelementptr(from_row, [_const(c * LINE_BYTES)], _i8()),
                     16,
                     nvvm.LoadCacheModifierKind.CG,
                     cp_size=arith.select(valid, _const(16), _const(0)),
@@ -216,15 +217,15 @@ def scatter_rows_interpreted(
     buffer_smem, out_gmem, numbers: jax.Array, first_col: jax.Array, end_col: jax.Array
 ) -> None:
     """`scatter_rows` by plain reads and writes."""
-    line = 16 // jnp.dtype(out_gmem.dtype).itemsize
-    lines = jnp.clip(pl.cdiv(end_col - first_col, line), 0, LINE // line)
+    line, width = 16 // jnp.dtype(out_gmem.dtype).itemsize, buffer_smem.shape[1]
+    lines = jnp.clip(pl.cdiv(end_col - first_col, line), 0, width // line)
 
     def store_row(r, _):
         def store(first, count):
             out_gmem[numbers[r], pl.ds(first_col + first, count)] = buffer_smem[r, pl.ds(first, count)]
 
-        whole, exists = lines == LINE // line, numbers[r] >= 0
-        pl.when(exists & whole)(lambda: store(0, LINE))
+        whole, exists = lines == width // line, numbers[r] >= 0
+        pl.when(exists & whole)(lambda: store(0, width))
         lax.fori_loop(0, jnp.where(exists & ~whole, lines, 0), lambda i, _: store(i * line, line), None)
 
     lax.fori_loop(0, buffer_smem.shape[0], store_row, None)
