@@ -401,6 +401,7 @@ def test_float8_gives_bfloat16(transposed):
     x, w, routing, bias, scale = problem(
         5, (3, 0, 6), slots=10, transposed=transposed, biased=True, scaled=True, dtype=jnp.float8_e4m3fn
     )
+    assert bias is not None
     bias, options = bias.astype(jnp.bfloat16), {"transposed": transposed, "activation": "silu", "scatter": True}
     out, pull_back = jax.vjp(lambda x, w: grouped_matmul(x, w, routing, bias, scale, **options), x, w)
     assert out.dtype == jnp.bfloat16

@@ -106,7 +106,7 @@ def _case(
     activation: str | None = None,
     gated: bool = False,
     transposed: bool = False,
-    dtypes: Sequence[str] = ALL,
+    dtypes: tuple[str, ...] = ALL,
     **flags: bool,
 ) -> Case:
     def make(key: jax.Array, dtype: jnp.dtype):
