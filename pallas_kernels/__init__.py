@@ -10,6 +10,7 @@ from pallas_kernels.route import route
 from pallas_kernels.routing import Routing
 from pallas_kernels.sampled_matmul import sampled_matmul
 from pallas_kernels.scatter_matmul import scatter_matmul
+from pallas_kernels.unstructured_matmul import UnstructuredWeights, unstructured_matmul
 
 KERNELS = (
     "gather_matmul",
@@ -21,12 +22,14 @@ KERNELS = (
     "neuron_ffn",
     "micro_tile_index",
     "route",
+    "unstructured_matmul",
 )
 
 __all__ = [
     "KERNELS",
     "MicroTileIndex",
     "Routing",
+    "UnstructuredWeights",
     "gather_matmul",
     "grouped_matmul",
     "grouped_outer",
@@ -36,4 +39,5 @@ __all__ = [
     "route",
     "sampled_matmul",
     "scatter_matmul",
+    "unstructured_matmul",
 ]

@@ -1,4 +1,4 @@
-"""Device code written with `pallas_kernels.route.lane`, computed on numpy: an element for each thread of a block.
+"""Device code written with `pallas_kernels.tile.lane`, computed on numpy: an element for each thread of a block.
 
 The interpreter cannot run inline MLIR; here the same code runs, statement by statement, in all threads at once. What is
 found: indices out of bounds, shifts by too much, barriers and warp operations that only some threads reach, elements of
@@ -11,7 +11,7 @@ import math
 import numpy as np
 import pytest
 
-from pallas_kernels.route import lane
+from pallas_kernels.tile import lane
 
 WARP = 32
 

@@ -15,9 +15,9 @@ from collections.abc import Iterator
 
 from jax.experimental import pallas as pl
 
-from pallas_kernels.route import lane as ln
-from pallas_kernels.route.lane import WARP, Array, Int
 from pallas_kernels.route.xla import CHOSEN, INFINITY
+from pallas_kernels.tile import lane as ln
+from pallas_kernels.tile.lane import WARP, Array, Int
 
 LOADS = 16  # in flight while adding up
 LARGEST = 2**31 - 1

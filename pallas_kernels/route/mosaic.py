@@ -13,8 +13,9 @@ from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Bool, Float, Int32
 
-from pallas_kernels.route import device, interpreted, lane
+from pallas_kernels.route import device, interpreted
 from pallas_kernels.routing import Routing
+from pallas_kernels.tile import lane
 from pallas_kernels.tile.device import require_device
 
 WARPS = 4  # of a warpgroup

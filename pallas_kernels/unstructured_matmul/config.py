@@ -1,0 +1,88 @@
+"""Tilings of `unstructured_matmul`'s Mosaic kernel: which there are, which fit, and which arguments it takes at all."""
+
+import dataclasses
+
+from jax.experimental import pallas as pl
+
+from pallas_kernels.tile import device
+from pallas_kernels.tile.pipeline import SMEM_BYTES
+from pallas_kernels.unstructured_matmul import layout
+
+WARPS = 4  # of a warpgroup
+MAX_N = 64
+TILE_N = 8  # columns of an mma
+ROW_BYTES = 2 * layout.STREAMS
+X_BYTES = 32 * 1024  # of a stage of x; there are two
+RESERVED = 2048  # bytes of shared memory for barriers
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Tiling of the Mosaic kernel.
+
+    Attributes:
+        warpgroups: of a block, 1 to 4.
+        strips: that a warp takes at a time, 1 or 2: what it reads of x serves them all.
+        pieces: of 16 rows of values, that a ring holds: 4 or 8. Each strip has one.
+    """
+
+    warpgroups: int = 4
+    strips: int = 1
+    pieces: int = 4
+
+    @property
+    def warps(self) -> int:
+        return WARPS * self.warpgroups
+
+    @property
+    def rings(self) -> int:
+        """Of a block: the strips that it takes at a time."""
+        return self.warps * self.strips
+
+    @property
+    def ring_bytes(self) -> int:
+        """A ring's pieces, and the first one again, so that no block of values wraps."""
+        return (self.pieces + 1) * layout.DEPTH * ROW_BYTES
+
+    def smem_bytes(self) -> int:
+        """Of a block."""
+        return self.rings * self.ring_bytes + 2 * X_BYTES + RESERVED
+
+
+def stage_blocks(tiles: int) -> int:
+    """Blocks of x in a stage, given how many mma's side by side it is multiplied by."""
+    return min(layout.SECTION, X_BYTES // (layout.BLOCK * TILE_N * 2 * tiles))
+
+
+def candidates(weights, x, bias=None, activation: str | None = None) -> list[Config]:
+    """Configs worth timing for these arguments (shapes are enough); the heuristic's choice comes first."""
+    del weights, bias, activation
+    wide, narrow = Config(warpgroups=2, strips=2), Config()
+    first = (narrow, wide) if x.shape[1] <= TILE_N else (wide, narrow)
+    fewer = [Config(warpgroups=groups, pieces=pieces) for groups, pieces in ((3, 4), (2, 4), (2, 8), (1, 8))]
+    return [*first, *fewer, Config(warpgroups=1, strips=2, pieces=8)]
+
+
+def check_support(weights, x, devices: tuple[str, ...] | None) -> None:
+    """Raises NotImplementedError where the kernel cannot take these arguments, or the device is none of `devices`."""
+    if x.dtype.itemsize != 2:
+        raise NotImplementedError(f"the Mosaic kernel takes bfloat16 and float16; got {x.dtype}")
+    if weights.scales is not None:
+        raise NotImplementedError(f"the Mosaic kernel takes values of 16 bits; got {weights.values.dtype}")
+    if x.shape[1] > MAX_N:
+        raise NotImplementedError(f"the Mosaic kernel takes n of {MAX_N} at most; got n={x.shape[1]}")
+    if devices is not None:
+        device.require_device("unstructured_matmul", devices)
+
+
+def check_config(config: Config) -> None:
+    """Raises ValueError where a config does not fit the kernel."""
+    if config.warpgroups not in (1, 2, 3, 4) or config.strips not in (1, 2) or config.pieces not in (4, 8):
+        raise ValueError(f"warpgroups must be 1 to 4, strips 1 or 2, and pieces 4 or 8; got {config}")
+    if config.smem_bytes() > SMEM_BYTES:
+        raise ValueError(f"a config must fit {SMEM_BYTES} bytes of shared memory; got {config.smem_bytes()}, {config}")
+
+
+def tiles(n: int) -> int:
+    """mma's side by side that n columns take."""
+    return pl.cdiv(n, TILE_N)

@@ -1,0 +1,103 @@
+"""How a product is divided, and what of it a warp of a block has to do next."""
+
+import dataclasses
+
+from jax.experimental import pallas as pl
+
+from pallas_kernels.tile import lane as ln
+from pallas_kernels.tile.lane import Int
+from pallas_kernels.unstructured_matmul import layout
+from pallas_kernels.unstructured_matmul.config import Config, stage_blocks
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Work:
+    """How a product is divided.
+
+    Attributes:
+        strips, blocks: of the weights; blocks of a strip.
+        tiles: of 8 columns of x.
+        config: the tiling.
+        units: that a block takes, of sections * groups.
+        dtype: "bfloat16" or "float16".
+    """
+
+    strips: int
+    blocks: int
+    tiles: int
+    config: Config
+    units: int
+    dtype: str
+
+    @property
+    def sections(self) -> int:
+        return layout.sections(self.blocks)
+
+    @property
+    def groups(self) -> int:
+        return pl.cdiv(self.strips, self.config.rings)
+
+    @property
+    def grid(self) -> int:
+        return pl.cdiv(self.sections * self.groups, self.units)
+
+    @property
+    def slots(self) -> int:
+        """Blocks that share a group, at most."""
+        ends = (
+            (g * self.sections // self.units, ((g + 1) * self.sections - 1) // self.units) for g in range(self.groups)
+        )
+        return max(last - first for first, last in ends) + 1
+
+    @property
+    def stage_blocks(self) -> int:
+        return stage_blocks(self.tiles)
+
+    @property
+    def threads(self) -> int:
+        return self.config.warps * ln.WARP
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Part:
+    """Consecutive sections of one group of strips.
+
+    Attributes:
+        work: the whole.
+        group: number of the group.
+        first, last: sections, the last one not included.
+    """
+
+    work: Work
+    group: Int
+    first: Int
+    last: Int
+
+    @classmethod
+    def of(cls, work: Work, block: Int, number: Int) -> "Part":
+        """A block's part of this number."""
+        start, end = _run(work, block)
+        group = start // work.sections + number
+        first = ln.select(number.equals(0), start % work.sections, 0)
+        last = ln.select(group.equals(end // work.sections), end % work.sections + 1, work.sections)
+        return cls(work=work, group=group, first=first, last=last)
+
+    @staticmethod
+    def count(work: Work, block: Int) -> Int:
+        """How many a block has."""
+        start, end = _run(work, block)
+        return end // work.sections - start // work.sections + 1
+
+    def strip(self, ring: Int) -> Int:
+        """The strip of a ring of the block. In the last group there may be none of this number."""
+        return self.group * self.work.config.rings + ring
+
+    def own(self, ring: Int) -> Int:
+        """The strip that a ring computes: another one where there is none of its number."""
+        return ln.minimum(self.strip(ring), self.work.strips - 1)
+
+
+def _run(work: Work, block: Int) -> tuple[Int, Int]:
+    """The first and the last unit of a block."""
+    start = block * work.units
+    return start, ln.minimum(start + work.units, work.sections * work.groups) - 1

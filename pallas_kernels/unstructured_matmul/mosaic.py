@@ -1,0 +1,158 @@
+"""The Mosaic GPU kernel of `unstructured_matmul` for Hopper: what is launched; `device` says what a thread does.
+
+A lane decodes the 32 elements of a block that are its own by their position among those stored: every element is looked
+at, whatever the density, by one load of 16 bits from a bank that is the lane's own.
+
+Instructions a lane and block of 16 x 64, 32 elements, in the loop for 8 columns of x (SASS of CUDA 13.0 for sm_90a, of
+the same code in CUDA C++), and the elements a clock and SM that each pipe allows. The goals are 9.4 / 10.7 / 12.3 and
+15.6 at 50 / 60 / 70 and 80% zeros; memory allows 14.5 at 50% and 31 at 80%:
+
+    dp4a (IDP.4A): 30 places, 16 selectors           46    at 64 lanes a clock     44
+    PRMT, LOP3, SHF, compares: 16 + 12 + 3 + 31      62    at 64                   33
+    LDS.U16, a bank for each lane                    32    at 32                   32
+    and LDS.128 of x, 4 wavefronts each               2    at 32, with the former  25; 16 for 32 columns, 10 for 64
+        shared by the two strips of a warp                                         28; 21 for 32 columns, 16 for 64
+    mma, mask word, ring, loop, uniform moves       ~40
+    one more piece, every 16 rows                   ~60
+    all at 50% / 80%                          210 / 190    at 128                  19 / 21
+
+Decoders that lost on paper, as instructions of the same loop, and how many of them integer (238 and 62 here):
+    zeros by sign masks instead of selectors        251, 90
+    places by shift, and, add                       281, 110
+    places by IMAD prefix sums, zeros by sign masks 291, 133
+    one stream a lane, a predicate and an add an element: the probe that this replaces, 9.3 elements a clock measured
+    value + location, scattered by lane into a zeroed tile: at 80% 11 steps (the fullest of 32 lanes has 11 of its 32)
+        and 32 wavefronts to clear and read the tile, so 48 wavefronts a block where this takes 41
+    2:4 mma.sp and an overflow of value + location: 1.5 bytes an element at 50%, a roof of 1.33x where 1.77x is
+
+Beside these: a block begins with the offsets, the first values and the first decode, some 3 us, once more where it goes
+on to other strips; and XLA adds up the slots, 2 us. Copies under way are 16 to 32 rows of 128 bytes a strip.
+
+Nothing here has been timed: whether dp4a runs beside the integer pipe, as IMAD does, is the first thing to measure.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float, Float32, UInt32
+
+from pallas_kernels.tile import device as tile_device
+from pallas_kernels.tile import lane
+from pallas_kernels.unstructured_matmul import device, layout, pipelines
+from pallas_kernels.unstructured_matmul.config import TILE_N, WARPS, Config, tiles
+from pallas_kernels.unstructured_matmul.division import Work
+from pallas_kernels.unstructured_matmul.reference import product
+from pallas_kernels.unstructured_matmul.weights import UnstructuredWeights, block_starts, decode
+
+INTERPRETED_BLOCKS = 2
+
+
+def for_lanes(x: Float[Array, "in n"], blocks: int) -> UInt32[Array, "blocks tiles 2 lanes 4"]:
+    """x as the mma's B fragments: of a lane's 8 registers for a block and a tile of columns, 4 and 4 lie together."""
+    rows, n = x.shape
+    n_tiles = tiles(n)
+    x = jnp.pad(x, ((0, blocks * layout.BLOCK - rows), (0, n_tiles * TILE_N - n)))
+    # block, h, q % 2, register of the mma, l % 4, pair, tile, l // 4
+    split = x.reshape(blocks, 2, 2, 2, 4, 2, n_tiles, TILE_N).transpose(0, 6, 1, 7, 4, 2, 3, 5)
+    return lax.bitcast_convert_type(split, jnp.uint32).reshape(blocks, n_tiles, 2, layout.LANES, 4)
+
+
+def from_lanes(words: UInt32[Array, "blocks tiles 2 lanes 4"], dtype) -> Float[Array, "padded columns"]:
+    """The inverse of `for_lanes`, padded."""
+    blocks, n_tiles = words.shape[:2]
+    split = lax.bitcast_convert_type(words, dtype).reshape(blocks, n_tiles, 2, TILE_N, 4, 2, 2, 2)
+    return split.transpose(0, 2, 5, 6, 4, 7, 1, 3).reshape(blocks * layout.BLOCK, n_tiles * TILE_N)
+
+
+def _interpreted(work: Work, block, warpgroup, inputs, outputs, like: UnstructuredWeights) -> None:
+    """What a warpgroup writes in `device.multiply`, with plain reads and writes, for the interpreter."""
+    values, masks, rows, lags, x_words = (ref[...] for ref in inputs)
+    weights = UnstructuredWeights(
+        values=values, masks=masks, rows=rows, lags=lags, scales=None, shape=like.shape, dtype=like.dtype
+    )  # fmt: skip
+    starts, x = block_starts(weights), from_lanes(x_words, values.dtype)
+    start = block * work.units
+    end = jnp.minimum(start + work.units, work.sections * work.groups) - 1
+    columns = jnp.arange(x.shape[0], dtype=jnp.int32) // (layout.SECTION * layout.BLOCK)
+
+    def write_part(group, _):
+        first = jnp.where(group == start // work.sections, start % work.sections, 0)
+        last = jnp.where(group == end // work.sections, end % work.sections, work.sections - 1)
+        slot = block - group * work.sections // work.units
+        own = jnp.where((columns >= first) & (columns <= last), 1, 0).astype(x.dtype)
+        of_warpgroup = WARPS * work.config.strips
+        for number in range(of_warpgroup):
+            strip = group * work.config.rings + warpgroup * of_warpgroup + number
+
+            @pl.when(strip < work.strips)
+            def _write(strip=strip):
+                w = decode(weights, *(lax.dynamic_slice_in_dim(a, strip, 1) for a in (masks, starts)))
+                y = product(w, jnp.where(own[:, None] > 0, x, jnp.zeros((), x.dtype)))
+                place = pl.ds(strip * layout.STRIP, layout.STRIP)
+                outputs[0][slot, place] = y
+                for empty in range(1, work.slots):
+
+                    @pl.when((last == work.sections - 1) & (empty > slot))
+                    def _write_zeros(empty=empty):
+                        outputs[0][empty, place] = jnp.zeros_like(y)
+
+    lax.fori_loop(start // work.sections, end // work.sections + 1, write_part, None)
+
+
+def divide(weights: UnstructuredWeights, x, config: Config, blocks: int) -> Work:
+    """Equal runs of units for so many blocks."""
+    strips, in_strip, _ = weights.masks.shape
+    units = layout.sections(in_strip) * pl.cdiv(strips, config.rings)
+    return Work(
+        strips=strips,
+        blocks=in_strip,
+        tiles=tiles(x.shape[1]),
+        config=config,
+        units=pl.cdiv(units, blocks),
+        dtype=x.dtype.name,
+    )
+
+
+def mosaic(
+    weights: UnstructuredWeights, x: Float[Array, "in n"], config: Config, interpret: bool
+) -> Float32[Array, "out n"]:
+    """Launches the kernel and adds up its slots; `interpret` runs it on CPU under the race detector."""
+    work = divide(weights, x, config, INTERPRETED_BLOCKS if interpret else tile_device.sm_count())
+    smem = pipelines.shared_memory(work)
+    inputs = [weights.values, weights.masks, weights.rows, weights.lags, for_lanes(x, work.blocks)]
+    shape = (work.slots, work.strips * layout.STRIP, work.tiles * TILE_N)
+
+    def body(*refs):
+        block = lax.axis_index("block")
+        if interpret:
+            _interpreted(work, block, lax.axis_index("warpgroup"), refs[: len(inputs)], refs[len(inputs) :], weights)
+            return
+
+        @plgpu.inline_mgpu(arg_types=(tuple(plgpu.RefType() for _ in refs), plgpu.Layout.WG_SPLAT))
+        def run(ctx, refs, block):
+            del ctx
+            dtypes = [*(a.dtype for a in inputs), jnp.float32]
+            gmem = [lane.Array.of(ref, dtype, lane.GMEM) for ref, dtype in zip(refs, dtypes, strict=False)]
+            scratch = [lane.Array.of(ref, jnp.int32, lane.SMEM) for ref in refs[len(dtypes) :]]
+            own_block = lane.Int(block.registers.item())
+            device.multiply(work, own_block, gmem[:-1], gmem[-1:], dict(zip(smem, scratch, strict=True)))
+
+        run(refs, block)  # pyright: ignore[reportCallIssue]
+
+    kernel = plgpu.kernel(
+        body,
+        out_type=(jax.ShapeDtypeStruct(shape, jnp.float32),),
+        scratch_types=() if interpret else [plgpu.SMEM((size,), jnp.int32) for size in smem.values()],
+        grid=(work.grid,),
+        grid_names=("block",),
+        num_threads=config.warpgroups,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
+        interpret=plgpu.InterpretGPUParams(detect_races=True) if interpret else None,
+        kernel_name="unstructured_matmul",
+    )
+    return functools.reduce(jnp.add, kernel(*inputs)[0])[: weights.shape[0], : x.shape[1]]

@@ -1,0 +1,434 @@
+import contextlib
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import lanes
+import numpy as np
+import pytest
+from lanes import Int, number, unsigned
+
+from pallas_kernels.case import relative_error
+from pallas_kernels.tile import lane
+from pallas_kernels.unstructured_matmul import (
+    Config,
+    UnstructuredWeights,
+    device,
+    layout,
+    peers,
+    pipelines,
+    reference,
+    unstructured_matmul,
+    warp,
+    work,
+)
+from pallas_kernels.unstructured_matmul.config import tiles
+from pallas_kernels.unstructured_matmul.mosaic import divide, for_lanes, from_lanes
+
+SHAPE = (100, 1100)  # no multiple of a strip, a run, a block or a section; two runs, and two sections a strip
+
+
+def matrix(pattern: str, shape: tuple[int, int] = SHAPE, dtype: str = "bfloat16") -> np.ndarray:
+    """Zeros by pattern; values that a 16-bit type holds."""
+    rng = np.random.default_rng(0)
+    w = rng.standard_normal(shape).astype(jnp.dtype(dtype))
+    rows, columns = (np.arange(size) for size in shape)
+    kept = {
+        "empty": np.zeros(shape, bool),
+        "full": np.ones(shape, bool),
+        "tenth": rng.random(shape) < 0.1,
+        "half": rng.random(shape) < 0.5,
+        "one row": np.broadcast_to(rows[:, None] == 5, shape),  # two of its lanes would run ahead of all others
+        "even columns": np.broadcast_to(columns % 2 == 0, shape),
+        "clustered": (rows[:, None] % 32 < 9) & (columns[None] % 300 < 170),
+        "one value": (rows[:, None] == shape[0] - 1) & (columns[None] == shape[1] - 1),
+    }[pattern]
+    w = np.where(kept, w, np.zeros((), w.dtype))
+    return w
+
+
+PATTERNS = ("empty", "full", "tenth", "half", "one row", "even columns", "clustered", "one value")
+
+
+@pytest.fixture(scope="module")
+def compressed():
+    """Of each pattern; under jit but for one, so that all have the same shapes, and little is compiled."""
+    compress = jax.jit(UnstructuredWeights.from_dense)
+    traced = {pattern: compress(jnp.asarray(matrix(pattern))) for pattern in PATTERNS}
+    return traced | {"half": UnstructuredWeights.from_dense(jnp.asarray(matrix("half")))}
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_round_trip_is_exact_and_sound(compressed, pattern):
+    weights = compressed[pattern]
+    weights.check()
+    np.testing.assert_array_equal(np.asarray(weights.to_dense()), matrix(pattern))
+    assert weights.shape == SHAPE and weights.dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize(("shape", "dtype"), [((1, 65), "float16"), ((0, 5), "bfloat16"), ((5, 0), "bfloat16")])
+def test_round_trip_of_odd_shapes_and_dtypes(shape, dtype):
+    w = matrix("half", shape, dtype)
+    weights = UnstructuredWeights.from_dense(jnp.asarray(w))
+    weights.check()
+    np.testing.assert_array_equal(np.asarray(weights.to_dense()), w)
+
+
+def test_layout_is_that_of_the_mma_fragments():
+    """Against the PTX manual's formulas for mma.m16n8k16: each element, one at a time."""
+    rows, columns = np.meshgrid(np.arange(16), np.arange(64), indexing="ij")
+    numbers = np.arange(16 * 64).reshape(16, 64)
+    streams = np.asarray(layout.to_streams(jnp.asarray(numbers)))[0, 0]
+    lane_of, register, half = rows % 8 * 4 + columns % 8 // 2, rows // 8 + columns % 16 // 8 * 2, columns % 2
+    expected = np.zeros((64, 16), int)
+    expected[2 * lane_of + half, columns // 16 * 4 + register] = numbers
+    np.testing.assert_array_equal(streams, expected)
+    np.testing.assert_array_equal(layout.from_streams(jnp.asarray(expected)[None, None]), numbers)
+    assert sorted(layout.bit(half, t) for half in range(2) for t in range(16)) == list(range(32))
+
+
+def test_special_values_are_kept_but_for_the_sign_of_zero():
+    w = np.zeros((70, 130), np.float32)
+    w[3, 7], w[4, 8], w[5, 9], w[6, 10] = np.nan, np.inf, -0.0, 1e-45
+    dense = np.asarray(UnstructuredWeights.from_dense(jnp.asarray(w)).to_dense())
+    w[5, 9] = 0.0
+    np.testing.assert_array_equal(dense.view(np.int32), w.view(np.int32))
+
+
+@pytest.mark.parametrize("density", [0.1, 0.5])
+def test_size_and_drift_of_random_masks(density):
+    rng = np.random.default_rng(1)
+    w = (rng.random((64, 4096)) < density).astype(np.float32)
+    weights = UnstructuredWeights.from_dense(jnp.asarray(w, jnp.bfloat16))
+    weights.check()
+    assert weights.nbytes == sum(x.nbytes for x in jax.tree.leaves(weights))
+    assert weights.nbytes / w.size <= 1.1 * (2 * density + 1 / 8)
+
+
+def test_streams_that_lag_store_zeros(compressed):
+    """One dense row: the lanes that have it may not run ahead by more than the format allows."""
+    weights = compressed["one row"]
+    counts = np.bitwise_count(np.asarray(weights.masks)).sum()
+    assert counts > 1100 and counts < 64 * 1152 // 2
+    starts = np.asarray(weights.rows)[:, None] + np.asarray(weights.lags)
+    assert np.ptp(starts, axis=1).max() == layout.MAX_LAG
+
+
+def test_only_what_is_needed_is_allocated_except_under_jit(compressed):
+    rows = int(compressed["half"].rows[-1])
+    assert rows < compressed["half"].values.shape[0] <= rows * (1 + 1 / 64) + 8
+    assert compressed["tenth"].values.shape[0] == compressed["full"].values.shape[0] > compressed["full"].rows[-1]
+
+
+@pytest.mark.parametrize(("value_dtype", "bound"), [("int8", 0.015), ("float8_e4m3fn", 0.04)])
+def test_eight_bit_values_have_a_scale_a_row(value_dtype, bound):
+    w = matrix("half", (70, 130)).astype(np.float32) * 10.0 ** np.arange(-35, 35)[:, None]
+    w[7] = 0
+    weights = UnstructuredWeights.from_dense(jnp.asarray(w), value_dtype)
+    weights.check()
+    dense = np.asarray(weights.to_dense(), np.float64)
+    np.testing.assert_array_equal(dense[7], 0)
+    for row in np.delete(np.arange(70), 7):  # within half a step of the largest, or of the value
+        error, scale = np.abs(dense[row] - w[row]), np.abs(w[row]).max()
+        assert (error <= (scale / 253 if value_dtype == "int8" else np.abs(w[row]) / 15 + scale / 400000)).all()
+    assert np.linalg.norm((dense - w)[-1]) < bound * np.linalg.norm(w[-1].astype(np.float64))
+
+
+def test_eight_bit_nan():
+    w = np.ones((70, 130), np.float32)
+    w[1, 2] = np.nan
+    for value_dtype, kept in (("int8", 0), ("float8_e4m3fn", 129)):
+        dense = np.asarray(UnstructuredWeights.from_dense(jnp.asarray(w), value_dtype).to_dense())
+        assert (
+            np.isnan(dense[1, 2])
+            and np.isfinite(np.delete(dense, 1, axis=0)).all()
+            and np.isfinite(dense[1]).sum() == kept
+        )
+
+
+CORRUPTIONS = {
+    "values": (lambda v: v[: v.shape[0] // 2], "end within values"),
+    "masks": (lambda m: m.at[0, 0, 0].set(m[0, 0, 0] ^ 1), "sections of masks"),
+    "rows": (lambda r: r.at[1].add(1), "sections of masks"),
+    "lags": (lambda x: x.at[1, 5].add(1), "sections of masks"),
+}
+
+
+@pytest.mark.parametrize("name", CORRUPTIONS)
+def test_corrupted_weights_are_refused_by_name(compressed, name):
+    corrupt, message = CORRUPTIONS[name]
+    weights = compressed["half"]
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(weights, **{name: corrupt(getattr(weights, name))}).check()
+
+
+def test_truncated_weights_are_refused_by_name(compressed):
+    weights = compressed["half"]
+    for name, rule in (
+        ("masks", "masks must be uint32"),
+        ("rows", "rows must be int32"),
+        ("lags", "lags must be uint8"),
+    ):
+        with pytest.raises(ValueError, match=rule):
+            dataclasses.replace(weights, **{name: getattr(weights, name)[:-1]}).check()
+    with pytest.raises(ValueError, match="values must be bfloat16"):
+        dataclasses.replace(weights, values=weights.values.astype(jnp.float16)).check()
+
+
+@pytest.mark.parametrize(("pattern", "n"), [("full", 13), ("tenth", 1)])
+def test_product_by_xla(compressed, pattern, n, getkey):
+    x, bias = (jax.random.normal(getkey(), shape, jnp.bfloat16) for shape in ((1100, n), (100,)))
+    out = unstructured_matmul(compressed[pattern], x, bias, "relu", implementation="xla")
+    y = matrix(pattern).astype(np.float64) @ np.asarray(x, np.float64) + np.asarray(bias, np.float64)[:, None]
+    assert relative_error(out, np.maximum(y, 0)) < 5e-3
+
+
+def test_nan_weights_and_nothing_to_multiply(compressed):
+    w = matrix("half")
+    w[3, 7] = np.nan
+    weights = UnstructuredWeights.from_dense(jnp.asarray(w))
+    out = unstructured_matmul(weights, jnp.ones((1100, 2), jnp.bfloat16), implementation="xla")
+    np.testing.assert_array_equal(np.isnan(np.asarray(out)).any(axis=1), np.arange(100) == 3)
+    assert unstructured_matmul(weights, jnp.ones((1100, 0), jnp.bfloat16)).shape == (100, 0)
+    nothing = UnstructuredWeights.from_dense(jnp.zeros((5, 0), jnp.bfloat16))
+    out = unstructured_matmul(nothing, jnp.ones((0, 3), jnp.bfloat16), jnp.arange(5, dtype=jnp.bfloat16))
+    np.testing.assert_array_equal(np.asarray(out, np.float32), np.arange(5.0)[:, None].repeat(3, 1))
+
+
+def test_bad_arguments_are_refused(compressed, unchecked):
+    weights, x = compressed["half"], jnp.ones((1100, 4), jnp.bfloat16)
+    for wrong, message in (
+        ({"x": x[:-1]}, r"x must be bfloat16\[1100, n\]; got bfloat16\[1099, 4\]"),
+        ({"x": x.astype(jnp.float16)}, r"got float16\[1100, 4\]"),
+        ({"bias": x[:3, 0]}, r"bias must be bfloat16\[100\]"),
+        ({"activation": "tanh"}, "got 'tanh'"),
+        ({"weights": x}, "weights must be UnstructuredWeights"),
+        ({"config": Config(warpgroups=4, pieces=8)}, "bytes of shared memory"),
+        ({"implementation": "cuda"}, "implementation must be"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            unstructured_matmul(**({"weights": weights, "x": x} | wrong))  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="value_dtype must be"):
+        UnstructuredWeights.from_dense(x, "int4")
+    with pytest.raises(ValueError, match="w must be a matrix"):
+        UnstructuredWeights.from_dense(x[0])
+    with pytest.raises(NotImplementedError, match="runs on NVIDIA H100"):
+        unstructured_matmul(weights, x, implementation="mosaic_gpu")
+    with pytest.raises(NotImplementedError, match="no gradient"):
+        jax.grad(lambda x: unstructured_matmul(weights, x).sum(dtype=jnp.float32))(x)
+
+
+def test_x_for_lanes_is_the_b_fragment_of_the_mma():
+    x = np.arange(128 * 13).reshape(128, 13).astype(np.uint16) + np.uint16(0x3F00)  # bits of ordinary numbers
+    words = np.asarray(for_lanes(jnp.asarray(x).view(jnp.bfloat16), 2))
+    block, q, register, own, pair, tile = 1, 3, 1, 13, 1, 1  # k = 64 + 48 + 8 + 2 + 1, column 8 + 3
+    assert words[block, tile, q // 2, own, q % 2 * 2 + register] >> 16 * pair & 0xFFFF == x[123, 11]
+    back = from_lanes(jnp.asarray(words), jnp.bfloat16).view(jnp.uint16)
+    np.testing.assert_array_equal(back, np.pad(x, ((0, 0), (0, 3))))
+
+
+MACHINE_OPERATIONS = ("begin_barriers", "expect", "copy", "wait", "load_half", "load_words")
+
+
+class Machine:
+    """Shared memory of one block and its copies, which land when they begin, or not before they are waited for."""
+
+    def __init__(self, lands_late: bool):
+        self.lands_late = lands_late
+        self.bytes = np.full(2**18, 0x7F, np.uint8)
+        self.size = 1024
+        self.phases: dict[int, int] = {}  # that have begun, by barrier
+        self.expected: dict[int, int] = {}
+        self.pending: dict[int, list] = {}
+
+    def allocate(self, words: int) -> int:
+        start, self.size = self.size, self.size + 4 * words
+        assert start % 16 == 0
+        return start
+
+    def active(self):
+        return lanes.BLOCK.threads[lanes.BLOCK.active[-1]]
+
+    def begin_barriers(self, address, count):
+        for thread in self.active():
+            for i in range(count):
+                self.phases[int(number(address)[thread]) + 8 * i] = 0
+
+    def expect(self, barrier, size):
+        for thread in self.active():
+            own = int(number(barrier)[thread])
+            assert not self.expected.get(own), "a phase begins before all of the last was copied"
+            self.phases[own] += 1
+            self.expected[own] = int(number(size)[thread])
+
+    def copy(self, source, unit, first, to, size, barrier):
+        for thread in self.active():
+            start, length = int(number(first)[thread]) * unit, int(number(size)[thread])
+            own, place = int(number(barrier)[thread]), int(number(to)[thread])
+            assert length > 0 and length % 16 == 0 and place % 16 == 0 and start % 16 == 0
+            data = source.bytes[start : start + length]
+            assert data.size == length, "read past the end"
+            self.expected[own] -= length
+            self.pending.setdefault(own, []).append((place, data))
+            if not self.lands_late:
+                self.land(own)
+
+    def land(self, barrier):
+        for place, data in self.pending.pop(barrier, []):
+            self.bytes[place : place + data.size] = data
+
+    def wait(self, barrier, phase):
+        for thread in self.active():
+            own = int(number(barrier)[thread])
+            assert self.phases[own] == int(number(phase)[thread]) + 1, "a wait for ever, or for a phase long over"
+            assert self.expected[own] == 0
+            self.land(own)
+
+    def load_half(self, address, offset):
+        places = unsigned(address) + offset
+        banks = np.sort(lanes.BLOCK.by_warp(places // 4 % 32), axis=1)
+        assert (banks == np.arange(32)).all(), "a bank conflict"
+        return Int(self.bytes[places].astype(np.int64) | self.bytes[places + 1].astype(np.int64) << 8)
+
+    def load_words(self, address):
+        words = self.bytes.view(np.int32)
+        return [Int(words[unsigned(address) // 4 + i]) for i in range(4)]
+
+
+@dataclasses.dataclass
+class Gmem:
+    """An array in global memory."""
+
+    data: np.ndarray
+
+    def __post_init__(self):
+        self.bytes = np.ascontiguousarray(self.data).reshape(-1).view(np.uint8)
+        self.flat = np.ascontiguousarray(self.data).reshape(-1)
+        self.times_written = np.zeros(self.flat.size, int)
+
+    def load(self, index):
+        return Int(self.flat[number(index)].astype(np.int64))
+
+    def store(self, index, value):
+        threads = lanes.BLOCK.threads[lanes.BLOCK.active[-1]]
+        places = number(index)[threads]
+        self.flat[places] = number(value).astype(np.int32).view(np.float32)[threads]
+        self.times_written[places] += 1
+
+
+def _bytes(x) -> np.ndarray:
+    return unsigned(x)[:, None] >> 8 * np.arange(4) & 0xFF
+
+
+def dot_bytes(a, factors, c):
+    return Int((_bytes(a) * _bytes(factors)).sum(axis=1) + unsigned(c))
+
+
+def permute_bytes(low, high, selector):
+    source = np.concatenate([_bytes(low), _bytes(high)], axis=1)
+    nibbles = unsigned(selector)[:, None] >> 4 * np.arange(4) & 0xF
+    chosen = np.take_along_axis(source, nibbles & 7, axis=1)
+    chosen = np.where(nibbles & 8, (chosen >> 7) * 0xFF, chosen)
+    return Int((chosen << 8 * np.arange(4)).sum(axis=1))
+
+
+def rotate_right(x, bits):
+    return Int(unsigned(x) >> bits | unsigned(x) << (32 - bits))
+
+
+def multiply_tile(acc, a, b, dtype):
+    """By the formulas of the PTX manual for the fragments of mma.m16n8k16."""
+
+    def pairs(x):
+        return np.stack([unsigned(x) & 0xFFFF, unsigned(x) >> 16], 1).astype(np.uint16).view(jnp.dtype(dtype))
+
+    own = np.arange(32)
+    out = np.stack([number(x).astype(np.int32).view(np.float32) for x in acc])
+    for start in range(0, lanes.BLOCK.threads.size, 32):
+        in_warp = slice(start, start + 32)
+        a_tile, b_tile = np.zeros((16, 16), np.float32), np.zeros((16, 8), np.float32)
+        for i, register in enumerate(a):
+            for pair in range(2):
+                a_tile[own // 4 + i % 2 * 8, own % 4 * 2 + pair + i // 2 * 8] = pairs(register)[in_warp, pair]
+        for i, register in enumerate(b):
+            for pair in range(2):
+                b_tile[own % 4 * 2 + pair + i * 8, own // 4] = pairs(register)[in_warp, pair]
+        product = a_tile @ b_tile
+        for i in range(4):
+            out[i, in_warp] += product[own // 4 + i // 2 * 8, own % 4 * 2 + i % 2]
+    return [Int(x.view(np.int32)) for x in out]
+
+
+def repeat(steps, carry, body):
+    counts = np.unique(number(steps)[lanes.BLOCK.active[-1]])
+    assert counts.size <= 1, "threads of a block disagree about a loop"
+    for step in range(counts[0] if counts.size else 0):
+        carry = body(Int(step), list(carry))
+    return list(carry)
+
+
+@contextlib.contextmanager
+def on_numpy(machine: Machine):
+    stand_ins = {
+        **{name: getattr(machine, name) for name in MACHINE_OPERATIONS},
+        **{f.__name__: f for f in (dot_bytes, permute_bytes, rotate_right, multiply_tile, repeat)},
+        "address_of": lambda address: Int(address),
+        "warp_barrier": lambda: None,
+    }  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        for name, stand_in in lanes.STAND_INS.items():
+            patch.setattr(lane, name, stand_in)
+        for name, stand_in in stand_ins.items():
+            patch.setattr(warp, name, stand_in)
+        yield
+
+
+@pytest.mark.parametrize(
+    ("pattern", "n", "blocks", "strips", "lands_late"),
+    [
+        ("half", 13, 3, 1, True),
+        ("one row", 8, 1, 1, False),
+        ("full", 8, 2, 2, True),
+        ("full", 8, 2, 1, False),
+        ("empty", 8, 5, 1, True),
+    ],
+)
+def test_device_code_on_numpy_lanes(compressed, pattern, n, blocks, strips, lands_late, unchecked, getkey):
+    """Every thread's code, with its ring, its barriers and its bits: sums as of the dense product."""
+    weights, config = compressed[pattern], Config(warpgroups=1, strips=strips)
+    x = jax.random.normal(getkey(), (1100, n), jnp.bfloat16)
+    division = divide(weights, x, config, blocks)
+    inputs = [np.asarray(a) for a in (weights.values, weights.masks, weights.rows, weights.lags)]
+    inputs = [Gmem(a) for a in (*inputs, np.asarray(for_lanes(x, division.blocks)))]
+    out = Gmem(np.full((division.slots, division.strips * layout.STRIP, tiles(n) * 8), np.nan, np.float32))
+    for block in range(division.grid):
+        machine = Machine(lands_late)
+        lanes.BLOCK = lanes.Block(division.threads)
+        with on_numpy(machine):
+            smem = {name: machine.allocate(words) for name, words in pipelines.shared_memory(division).items()}
+            device.multiply(division, Int(block), inputs, [out], smem)  # pyright: ignore[reportArgumentType]
+        assert not machine.pending, "a copy that nobody waited for"
+    assert (out.times_written == 1).all()
+    sums = out.flat.reshape(out.data.shape).sum(axis=0)[:100, :n]
+    assert relative_error(sums, matrix(pattern).astype(np.float64) @ np.asarray(x, np.float64)) < 1e-5
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("config", [Config(), Config(warpgroups=2, strips=2), Config(warpgroups=2, pieces=8)])
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_patterns_on_a_gpu(compressed, pattern, config, getkey):
+    x = jax.random.normal(getkey(), (1100, 24), jnp.bfloat16)
+    out = unstructured_matmul(compressed[pattern], x, config=config, implementation="mosaic_gpu")
+    assert relative_error(out, matrix(pattern).astype(np.float64) @ np.asarray(x, np.float64)) < 5e-3
+
+
+def test_peer_and_work(compressed):
+    weights, x = compressed["tenth"], jnp.ones((1100, 3), jnp.bfloat16)
+    bias = jnp.ones(100, jnp.bfloat16)
+    out = peers(weights, x, bias, "relu")["xla"](weights, x, bias, "relu")
+    assert relative_error(out, reference(weights, x, bias, "relu").astype(jnp.float32)) < 1e-2
+    cost = work(weights, x, bias, "relu")
+    assert cost.flops == 2 * 100 * 1100 * 3
+    of_x_and_y = 2 * (1100 * 3 + 100 * 3 + 100)
+    format_bytes = 128 * int(weights.rows[-1]) + 4 * 128 * 1152 // 32 + (4 + 64) * (8 * 2 + 1)
+    assert cost.bytes == format_bytes + of_x_and_y
