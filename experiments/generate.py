@@ -7,12 +7,11 @@ tokenizer's files, or a hub id such as facebook/opt-125m.
 """
 
 import dataclasses
-from pathlib import Path
 
 import jax
 
+from experiments.language_models import model_folder
 from models import load_opt
-from sparsellm import huggingface
 from sparsellm.generation import generate
 from sparsellm.text import Tokenizer, load_tokenizer
 
@@ -73,8 +72,7 @@ class Printer:
 
 def main(config: Config) -> int:
     """Prints the prompt and, as it comes, its continuation."""
-    run = Path(config.source)
-    folder = run / "model" / "huggingface" if (run / "model").is_dir() else huggingface.find_folder(config.source)
+    folder = model_folder(config.source)
     tokenizer = load_tokenizer(folder)
     model = load_opt(folder, dtype=config.dtype, sparse_rows=config.sparse_rows)
     prompt = tokenizer.encode(config.prompt)

@@ -21,7 +21,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Float, Int, Int32
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -31,6 +31,7 @@ from experiments.runs import Row, Run, markdown_table
 from models.mixtral import Mixtral, MixtralConfig
 from sparsellm import text, training
 from sparsellm.mixture_of_experts import load_balance_loss
+from sparsellm.objectives import next_token_loss
 
 BALANCE = 0.01  # weight of the load-balance loss, as in the Switch Transformer
 TOLERANCE = 0.02  # mean relative difference of the two losses, and of the gradient's norm before they drift
@@ -138,11 +139,12 @@ def prepare(config: Config, size: Size, run: Run) -> Int32[np.ndarray, "windows 
 
 
 def objective(
-    model: nnx.Module, windows: Int32[Array, "batch length_plus_1"]
+    model: nnx.Module, windows: Int32[Array, "batch length_plus_1"], step: Int[Array, ""]
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """What is minimised, and its parts."""
+    del step
     logits, captured = nnx.capture(model, nnx.Intermediate)(windows[:, :-1])
-    loss, balance = training.next_token_loss(logits, windows[:, 1:]), load_balance_loss(captured)
+    loss, balance = next_token_loss(logits, windows[:, 1:]), load_balance_loss(captured)
     return loss + BALANCE * balance, {"loss": loss, "balance": balance}
 
 

@@ -16,7 +16,6 @@ activations of large models have; on a model as young as quickstart's they are n
 
 import dataclasses
 import json
-import math
 import sysconfig
 import time
 from collections.abc import Iterator
@@ -30,10 +29,10 @@ from flax import nnx
 from jaxtyping import Int32
 from rich.console import Console
 
-from experiments import quickstart
+from experiments import language_models, quickstart
 from experiments.runs import Row, Run, markdown_table
 from models import OPT, load_mixtral, load_opt
-from sparsellm import huggingface, pruning, text, training
+from sparsellm import evaluation, pruning, text, training
 from sparsellm.pruning import METHODS, NM, Pattern, Unstructured
 
 LENGTH = 2048  # tokens a window at most, as in the papers
@@ -47,8 +46,8 @@ class Config:
     """Options of pruning.
 
     Attributes:
-        source: a run of quickstart, a checkpoint's folder with its tokenizer's files (OPT or Mixtral), or a hub id;
-            None trains quickstart's model first.
+        source: a run of quickstart or pretrain, a checkpoint's folder with its tokenizer's files (OPT or Mixtral), or a
+            hub id; None trains quickstart's model first.
         corpus: text to calibrate on (and to train on): a file, or a folder of them. None for the tokens of the run,
             or, where a model is trained, the source of Python's standard library. Part of it is held out.
         text: what perplexity is measured on; None for what is held out.
@@ -119,7 +118,7 @@ def run(config: Config, run: Run) -> list[Row]:
     rows: list[Row] = json.loads(path.read_text()) if path.exists() else []
 
     def perplexity(model: Any) -> float:
-        return math.exp(training.evaluate(model, held_out, batch=batch))
+        return evaluation.perplexity(model, held_out, batch=batch).perplexity
 
     dense_perplexity = perplexity(subject.model)
     print(f"{subject.name}: perplexity {dense_perplexity:.2f}, calibrated on {calibration[:, :-1].size:,} tokens")
@@ -181,20 +180,19 @@ def prepare(config: Config, run: Run) -> Subject:
             held_out = _windows(data.tokenizer, text.read_corpus(config.text).documents, size.window)
         return Subject(name=f"opt-{name}", model=model, train=data.train, held_out=held_out)
     earlier = Path(config.source)
-    of_quickstart = (earlier / "tokens.npz").is_file()
-    folder = earlier / "model" / "huggingface" if of_quickstart else huggingface.find_folder(config.source)
+    folder = language_models.model_folder(config.source)
     kind = json.loads((folder / "config.json").read_text()).get("model_type")
     if kind not in LOADERS:
         raise ValueError(f"source must be a model of {' or '.join(LOADERS)}; {folder} is of {kind}")
     model: Any = LOADERS[kind](folder)
     tokenizer, name = text.load_tokenizer(folder), f"{kind}-{folder.name}"
-    if of_quickstart and config.corpus is None:
-        length, name = model.config.max_length // 2, f"opt-{earlier.name}"  # the window that quickstart trains on
-        with np.load(earlier / "tokens.npz") as arrays:
-            train, held_out = (text.token_windows(arrays[part], length=length) for part in ("train", "held_out"))
+    if (earlier / language_models.TOKENS).is_file() and config.corpus is None:
+        with np.load(earlier / language_models.TOKENS) as arrays:
+            length, name = int(arrays["length"]), f"opt-{earlier.name}"  # the window that it was trained on
+            train, held_out = (text.token_windows(arrays[part], length=length) for part in language_models.PARTS)
     else:
         if config.corpus is None:
-            raise ValueError("corpus must be given for a model that quickstart has not trained; got None")
+            raise ValueError("corpus must be given for a model that quickstart or pretrain has not trained; got None")
         length = min(model.config.max_length, LENGTH)
         documents = text.read_corpus(config.corpus).documents
         parts = text.split_documents(documents, held_out=0.1, seed=config.seed)

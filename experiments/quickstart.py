@@ -14,7 +14,6 @@ for dense to be quicker on a CPU. Published OPT models have far fewer live neuro
 
 import dataclasses
 import functools
-import io
 import math
 import os
 import statistics
@@ -32,17 +31,17 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, Int32
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from experiments import figures
+from experiments import figures, language_models
+from experiments.language_models import NOT_LIBRARY as NOT_LIBRARY
+from experiments.language_models import Data, train
 from experiments.runs import Row, Run, markdown_table
 from models import OPT, OPTConfig, load_opt, save_hf, save_opt
-from sparsellm import text, training
+from sparsellm import evaluation, text, training
 from sparsellm.generation import generate
 from sparsellm.micro_tiles import MicroTile, density
 
 GRANULARITIES = tuple(MicroTile(rows, 1) for rows in (1, 8, 16, 32, 64, 128))
-NOT_LIBRARY = ("test", "tests", "idle_test", "site-packages", "dist-packages")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -108,17 +107,6 @@ class Config:
         return cls(corpus=corpus, size="tiny", prompt_tokens=8, new_tokens=8)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Data:
-    """The corpus, ready to train on."""
-
-    tokenizer: text.Tokenizer
-    train: Int32[np.ndarray, "windows length_plus_1"]
-    held_out: Int32[np.ndarray, "held_out_windows length_plus_1"]
-    bytes_per_token: float
-    """Of the held-out text."""
-
-
 def run(config: Config, run: Run) -> list[Row]:
     """Trains, measures, compares, saves; leaves its rows, figures, models and report in the run's folder."""
     console = Console()
@@ -171,69 +159,26 @@ def _check(config: Config, size: Size) -> None:
 
 
 def prepare(config: Config, size: Size, run: Run, console: Console) -> Data:
-    """Reads the corpus, trains the tokenizer, and tokenises; or reads what an earlier process of this run has left."""
-    path = run.folder / "tokens.npz"
-    if not path.exists():
-        if config.corpus is None:
-            library = Path(sysconfig.get_path("stdlib"))
-            corpus = text.read_corpus(library, pattern="*.py", exclude=NOT_LIBRARY)
-        else:
-            corpus = text.read_corpus(config.corpus, exclude=("__pycache__",))
-        train, held_out = text.split_documents(corpus.documents, held_out=config.held_out, seed=config.seed)
-        tokenizer = text.train_bpe(train, size.model.vocab_size)
-        tokenizer.save(run.folder / "tokenizer")
-        train_tokens, held_out_tokens = map(tokenizer.encode_documents, (train, held_out))
-        for tokens in (train_tokens, held_out_tokens):
-            text.token_windows(tokens, length=size.window)  # too small a corpus is refused before anything is kept
-        held_out_bytes = np.int64(sum(len(document.encode()) for document in held_out))
-        buffer = io.BytesIO()
-        np.savez(buffer, train=train_tokens, held_out=held_out_tokens, held_out_bytes=held_out_bytes)
-        run.write(path.name, buffer.getvalue())
-        skipped = f", {len(corpus.skipped)} files that are not UTF-8 text skipped" if corpus.skipped else ""
-        console.print(
-            f"corpus: {len(corpus.documents)} documents{skipped}; {len(train_tokens):,} tokens to train on, "
-            f"{len(held_out_tokens):,} held out, vocabulary {tokenizer.vocab_size:,}",
-            soft_wrap=True,
-        )
-    with np.load(path) as arrays:
-        return Data(
-            tokenizer=text.load_tokenizer(run.folder / "tokenizer"),
-            train=text.token_windows(arrays["train"], length=size.window),
-            held_out=text.token_windows(arrays["held_out"], length=size.window),
-            bytes_per_token=float(arrays["held_out_bytes"]) / len(arrays["held_out"]),
-        )
-
-
-def train(
-    model: OPT, data: Data, config: training.TrainConfig, seed: int, folder: Path, console: Console
-) -> list[training.Metrics]:
-    """Trains behind a progress bar; returns the metrics of every step."""
-    columns = (
-        TextColumn("training"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]:.3f}  {task.fields[speed]:,.0f} tokens/s"),
-        TimeRemainingColumn(),
+    """The corpus's tokens, or those that an earlier process of this run has left."""
+    return language_models.prepare(
+        run,
+        console,
+        corpus=config.corpus,
+        tokenizer=size.model.vocab_size,
+        length=size.window,
+        held_out=config.held_out,
+        seed=config.seed,
     )
-    tokens = config.batch * (data.train.shape[1] - 1)
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task("", total=config.steps, loss=math.nan, speed=0.0)
-
-        def report(row: training.Metrics) -> None:
-            progress.update(task, completed=row["step"], loss=row["loss"], speed=tokens / row["seconds"])
-
-        batches = text.ShuffledBatches(data.train, batch=config.batch, seed=seed)
-        return training.train(model, batches, config, folder, report=report)
 
 
 def held_out_quality(model: OPT, data: Data, *, batch: int, windows: int = 256) -> Row:
     """Perplexity a token, and bits a byte (whatever the vocabulary), on windows spread over the held-out text."""
     spread = data.held_out[:: max(len(data.held_out) // windows, 1)]
-    nats = training.evaluate(model, spread[:windows], batch=batch)
+    quality = evaluation.perplexity(model, spread[:windows], batch=batch)
     return {
-        "held_out_loss": nats,
-        "perplexity": math.exp(nats),
-        "bits_per_byte": nats / math.log(2) / data.bytes_per_token,
+        "held_out_loss": quality.loss,
+        "perplexity": quality.perplexity,
+        "bits_per_byte": quality.loss / math.log(2) / data.bytes_per_token,
     }
 
 

@@ -22,10 +22,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int, Int32
+from jax import lax
+from jaxtyping import Array, Float, Int, Int32
 from orbax.checkpoint import v1 as ocp
 
 from sparsellm.checkpoint import no_space, quiet
+from sparsellm.objectives import Objective, next_token_objective
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,6 +37,8 @@ class TrainConfig:
     Attributes:
         steps: optimizer steps in all.
         batch: windows a step.
+        accumulate: micro-batches that a step's batch is cut into, whose gradients are added up: the memory of
+            activations and logits is that of one of them. Must divide `batch`.
         learning_rate: at the end of the warm-up.
         warmup_steps: from 0 to the full learning rate.
         weight_decay: on matrices; biases and norms are left alone.
@@ -44,6 +48,7 @@ class TrainConfig:
 
     steps: int
     batch: int
+    accumulate: int = 1
     learning_rate: float
     warmup_steps: int
     weight_decay: float = 0.1
@@ -51,9 +56,11 @@ class TrainConfig:
     checkpoint_steps: int = 50
 
     def __post_init__(self):
-        for name in ("steps", "batch", "checkpoint_steps"):
+        for name in ("steps", "batch", "accumulate", "checkpoint_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1; got {name}={getattr(self, name)}")
+        if self.batch % self.accumulate:
+            raise ValueError(f"accumulate must divide batch; got accumulate={self.accumulate}, batch={self.batch}")
         if not 0 <= self.warmup_steps < self.steps:
             raise ValueError(
                 f"warmup_steps must be less than steps; got warmup_steps={self.warmup_steps}, steps={self.steps}"
@@ -75,29 +82,6 @@ class Batches(Protocol):
     """Random access by step to windows of tokens, [batch, length + 1]."""
 
     def __getitem__(self, step: int) -> np.ndarray: ...
-
-
-def next_token_loss(
-    logits: Float[Array, "batch length vocab"],
-    targets: Int[Array, "batch length"],
-    mask: Bool[Array, "batch length"] | None = None,
-) -> Float[Array, ""]:
-    """Mean cross-entropy in nats a token, over the targets that `mask` keeps (0 where it keeps none)."""
-    nats = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), targets)
-    if mask is None:
-        return nats.mean()
-    return jnp.where(mask, nats, 0.0).sum() / jnp.maximum(mask.sum(dtype=jnp.int32), 1).astype(jnp.float32)
-
-
-type Objective = Callable[[nnx.Module, Int32[Array, "batch length_plus_1"]], tuple[Array, dict[str, Array]]]
-
-
-def next_token_objective(
-    model: nnx.Module, windows: Int32[Array, "batch length_plus_1"]
-) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-    """What a training minimises unless told otherwise: the mean cross-entropy, and the same as the metric "loss"."""
-    loss = next_token_loss(model(windows[:, :-1]), windows[:, 1:])  # pyright: ignore[reportCallIssue]
-    return loss, {"loss": loss}
 
 
 def learning_rate(config: TrainConfig) -> optax.Schedule:
@@ -125,13 +109,22 @@ def optimizer(config: TrainConfig) -> optax.GradientTransformation:
     )
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 4), donate_argnums=2)
+@functools.partial(
+    jax.jit,
+    static_argnames=("graphdef", "transformation", "objective", "accumulate"),
+    donate_argnames="state",
+    # Sums by atomics come out another way every time, and a training that is continued would not end the same.
+    compiler_options={"xla_gpu_exclude_nondeterministic_ops": True},
+)
 def train_step(
     graphdef: nnx.GraphDef,
     transformation: optax.GradientTransformation,
     state: TrainState,
     windows: Int32[Array, "batch length_plus_1"],
     objective: Objective = next_token_objective,
+    *,
+    step: Int[Array, ""] | int = 0,
+    accumulate: int = 1,
 ) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
     """One optimizer step; `state` is donated.
 
@@ -140,21 +133,58 @@ def train_step(
         transformation: the optimizer (static).
         state: before the step.
         windows: inputs and, one further on, their targets.
-        objective: of model and windows: what to minimise, and metrics (static).
+        objective: what to minimise (static).
+        step: the steps before this one, for an objective whose weights are scheduled.
+        accumulate: micro-batches to go through one after the other (static); must divide the batch.
 
     Returns:
         The state after the step; the objective's metrics and the gradient's norm before it.
     """
-
-    def loss(params: nnx.State) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-        return objective(nnx.merge(graphdef, params), windows)
-
-    (_, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(state.params)
+    gradient, metrics = accumulated_gradient(
+        graphdef, state.params, windows, objective, jnp.asarray(step, jnp.int32), accumulate
+    )
     with jax.numpy_dtype_promotion("standard"):  # optax raises a float to the power of its int32 count
         updates, opt_state = transformation.update(gradient, state.opt_state, state.params)
     metrics = {**metrics, "gradient_norm": optax.tree.norm(gradient)}
     params = cast(nnx.State, optax.apply_updates(state.params, updates))
     return TrainState(params, opt_state), metrics
+
+
+def accumulated_gradient(
+    graphdef: nnx.GraphDef,
+    params: nnx.State,
+    windows: Int32[Array, "batch length_plus_1"],
+    objective: Objective,
+    step: Int[Array, ""],
+    accumulate: int,
+) -> tuple[nnx.State, dict[str, Float[Array, ""]]]:
+    """The mean over micro-batches of the objective's gradient, added up in float32, and of its metrics.
+
+    Args:
+        graphdef: of the model.
+        params: its parameters.
+        windows: the batch.
+        objective: what to minimise.
+        step: the steps before this one.
+        accumulate: how many micro-batches.
+
+    Raises:
+        ValueError: `accumulate` does not divide the batch.
+    """
+    if windows.shape[0] % accumulate:
+        raise ValueError(f"accumulate must divide the batch; got accumulate={accumulate}, batch={windows.shape[0]}")
+
+    def loss(params: nnx.State, windows: Int32[Array, "batch length_plus_1"]):
+        return objective(nnx.merge(graphdef, params), windows, step)
+
+    def add(total, windows):
+        (_, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(params, windows)
+        return jax.tree.map(lambda total, x: total + x.astype(jnp.float32), total, gradient), metrics
+
+    zero = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params)
+    total, metrics = lax.scan(add, zero, windows.reshape(accumulate, -1, windows.shape[1]))
+    gradient = jax.tree.map(lambda x, total: (total / accumulate).astype(x.dtype), params, total)
+    return gradient, jax.tree.map(lambda values: values.mean(axis=0), metrics)
 
 
 def train(
@@ -176,7 +206,7 @@ def train(
         batches: the windows of each step.
         config: how.
         folder: of this training run.
-        objective: what to minimise, as of `train_step`; its metrics hold the "loss" that has to stay finite.
+        objective: what to minimise; its metrics hold the "loss" that has to stay finite.
         report: called after every step with its metrics, and once with the last ones of a training that is continued.
 
     Returns:
@@ -202,8 +232,17 @@ def train(
         with open(folder / "metrics.jsonl", "a") as file:
             for step in range(done + 1, config.steps + 1):
                 start = time.perf_counter()
-                state, values = train_step(graphdef, transformation, state, jnp.asarray(batches[step - 1]), objective)
-                row = {"step": step, **{name: float(value) for name, value in values.items()}}
+                windows = jnp.asarray(batches[step - 1])
+                state, values = train_step(
+                    graphdef,
+                    transformation,
+                    state,
+                    windows,
+                    objective,
+                    step=jnp.int32(step - 1),
+                    accumulate=config.accumulate,
+                )
+                row: Metrics = {"step": step, **{name: float(x) for name, x in jax.device_get(values).items()}}
                 row["seconds"] = time.perf_counter() - start
                 if not np.isfinite(row["loss"]):
                     raise FloatingPointError(f"the loss must be finite; got {row['loss']} at step {step}")
@@ -217,28 +256,6 @@ def train(
                     report(row)
     nnx.update(model, state.params)
     return metrics
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _masked_loss(
-    graphdef: nnx.GraphDef,
-    params: nnx.State,
-    windows: Int32[Array, "batch length_plus_1"],
-    mask: Bool[Array, "batch length"],
-) -> Float[Array, ""]:
-    return next_token_loss(nnx.merge(graphdef, params)(windows[:, :-1]), windows[:, 1:], mask)
-
-
-def evaluate(model: nnx.Module, windows: Int32[np.ndarray, "windows length_plus_1"], *, batch: int) -> float:
-    """Mean cross-entropy in nats a token over all windows; its exponential is the perplexity."""
-    graphdef, params = nnx.split(model, nnx.Param)
-    total = 0.0
-    for start in range(0, len(windows), batch):
-        rows = windows[start : start + batch]
-        padded = np.pad(rows, ((0, batch - len(rows)), (0, 0)))  # one shape, one compilation
-        mask = np.broadcast_to(np.arange(batch)[:, None] < len(rows), padded[:, 1:].shape)
-        total += float(_masked_loss(graphdef, params, jnp.asarray(padded), jnp.asarray(mask))) * len(rows)
-    return total / len(windows)
 
 
 @contextlib.contextmanager

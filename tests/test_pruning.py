@@ -14,6 +14,7 @@ from flax import nnx
 from models import OPT, OPTConfig, load_opt, save_hf, save_opt
 from sparsellm import pruning, training
 from sparsellm.mixture_of_experts import LinearRouter, MixtureOfExperts, RouterRule
+from sparsellm.objectives import next_token_loss
 from sparsellm.pruning import MAGNITUDE, METHODS, NM, RIA, WANDA, Blocks, SparseGPT, Unstructured, prune
 from sparsellm.pruning.calibrate import sum_inputs
 from sparsellm.pruning.gradual import GradualConfig, cubic_sparsity, gradually_pruned
@@ -527,7 +528,7 @@ def test_recovery_learns_in_the_linear_layers_only():
     assert np.linalg.matrix_rank(after["layers", 0, "fc1", "kernel"] - before["layers", 0, "fc1", "kernel"], 1e-4) == 2
     batch = jnp.asarray(Repeated()[0])
     logits: Any = model(batch[:, :-1])
-    loss = float(training.next_token_loss(logits, batch[:, 1:]))
+    loss = float(next_token_loss(logits, batch[:, 1:]))
     assert loss < losses[-1] < losses[0]
 
 

@@ -6,13 +6,16 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
-from sparsellm import text, training
+from sparsellm import evaluation, text, training
+from sparsellm.objectives import next_token_loss
 
 VOCAB, LENGTH = 13, 8
 
@@ -46,9 +49,17 @@ def batches():
     return text.ShuffledBatches(counting_windows(), batch=4, seed=0)
 
 
-def train(folder: Path, report=None, **changes) -> tuple[Bigram, list[dict[str, float]]]:
+def train(folder: Path, report=None, objective=training.next_token_objective, **changes):
+    """The model, and the metrics of every step."""
     model = bigram()
-    return model, training.train(model, batches(), config(**changes), folder, report=report)
+    return model, training.train(model, batches(), config(**changes), folder, objective=objective, report=report)
+
+
+def scheduled(model, windows, step):
+    """Its weight depends on the step."""
+    loss, metrics = training.next_token_objective(model, windows, step)
+    weight = 1 + jnp.asarray(step % 7).astype(jnp.float32)
+    return weight * loss, metrics | {"weight": weight}
 
 
 def reference_loss(logits: np.ndarray, targets: np.ndarray, mask: np.ndarray) -> float:
@@ -65,37 +76,74 @@ def test_loss_is_the_mean_over_kept_targets(kept, scale):
     logits = (scale * generator.normal(size=(3, 5, VOCAB))).astype(np.float32)
     targets = generator.integers(0, VOCAB, (3, 5))
     mask = generator.random((3, 5)) < kept
-    loss = training.next_token_loss(jnp.asarray(logits), jnp.asarray(targets), jnp.asarray(mask))
+    loss = next_token_loss(jnp.asarray(logits), jnp.asarray(targets), jnp.asarray(mask))
     assert float(loss) == pytest.approx(reference_loss(logits, targets, mask), rel=1e-5)
 
 
 def test_what_a_mask_leaves_out_may_hold_anything():
     logits = jnp.zeros((1, 2, VOCAB)).at[0, 1].set(jnp.nan)
     targets = jnp.zeros((1, 2), jnp.int32)
-    assert training.next_token_loss(logits, targets, jnp.array([[True, False]])) == pytest.approx(math.log(VOCAB))
+    assert next_token_loss(logits, targets, jnp.array([[True, False]])) == pytest.approx(math.log(VOCAB))
+
+
+def float64(state) -> dict[str, np.ndarray]:
+    """A bigram's parameters, or their gradient."""
+    arrays = {"embed": state["embed"]["embedding"], "kernel": state["out"]["kernel"], "bias": state["out"]["bias"]}
+    return {name: np.asarray(x[...], np.float64) for name, x in arrays.items()}
+
+
+def bigram_gradient(values: dict[str, np.ndarray], window: np.ndarray) -> dict[str, np.ndarray]:
+    """Of the mean cross-entropy, worked out on paper, in float64."""
+    inputs, targets = window[:, :-1].ravel(), window[:, 1:].ravel()
+    h = values["embed"][inputs]
+    logits = h @ values["kernel"] + values["bias"]
+    p = np.exp(logits - logits.max(-1, keepdims=True))
+    d_logits = (p / p.sum(-1, keepdims=True) - np.eye(VOCAB)[targets]) / len(inputs)
+    d_embed = np.zeros_like(values["embed"])
+    np.add.at(d_embed, inputs, d_logits @ values["kernel"].T)
+    return {"embed": d_embed, "kernel": h.T @ d_logits, "bias": d_logits.sum(0)}
+
+
+@pytest.mark.parametrize("accumulate", [1, 2, 6])
+def test_micro_batches_add_up_to_the_batchs_gradient(accumulate):
+    graphdef, params = nnx.split(bigram())
+    batch = counting_windows()[:6]
+    options: tuple[Any, ...] = (training.next_token_objective, jnp.int32(0), accumulate)
+    gradient, metrics = jax.jit(training.accumulated_gradient, static_argnums=(0, 3, 5))(
+        graphdef, params, jnp.asarray(batch), *options
+    )
+    for name, expected in bigram_gradient(float64(params), batch).items():
+        np.testing.assert_allclose(float64(gradient)[name], expected, rtol=1e-5, atol=1e-7)
+    logits = np.asarray(bigram()(jnp.asarray(batch[:, :-1])))
+    expected = reference_loss(logits, batch[:, 1:], np.ones((6, LENGTH)))
+    assert float(metrics["loss"]) == pytest.approx(expected, rel=1e-5)
+
+
+def test_gradients_are_added_up_in_float32():
+    """256 + 1 is 256 in bfloat16."""
+    model = nnx.Dict(w=nnx.Param(jnp.bfloat16(1)))
+
+    def objective(model, windows, step):
+        loss = model.w[...] * windows[0, 0].astype(jnp.bfloat16)
+        return loss, {"loss": loss}
+
+    graphdef, params = nnx.split(model)
+    batch = jnp.asarray([[256], *[[1]] * 31], jnp.int32)
+    gradient: Any = training.accumulated_gradient(graphdef, params, batch, objective, jnp.int32(0), 32)[0]
+    assert gradient["w"][...].dtype == jnp.bfloat16
+    assert float(gradient["w"][...]) == pytest.approx((256 + 31) / 32, rel=2**-8)
 
 
 def test_the_first_steps_are_adamw_by_hand(tmp_path):
     """Two steps of clipped AdamW in float64 numpy, with the gradient of a bigram worked out on paper."""
     model, _ = train(tmp_path, steps=2, warmup_steps=1, learning_rate=0.1, clip_norm=0.5)
     initial = bigram()
-    assert initial.out.bias is not None and model.out.bias is not None
-    values = {
-        "embed": np.asarray(initial.embed.embedding[...], np.float64),
-        "kernel": np.asarray(initial.out.kernel[...], np.float64),
-        "bias": np.asarray(initial.out.bias[...], np.float64),
-    }
+    assert model.out.bias is not None
+    values = float64(nnx.state(initial))
     mean, square = ({name: np.zeros_like(x) for name, x in values.items()} for _ in range(2))
     for step, rate in enumerate((0.0, 0.1), start=1):  # the warm-up starts at 0
         window = batches()[step - 1]
-        inputs, targets = window[:, :-1].ravel(), window[:, 1:].ravel()
-        h = values["embed"][inputs]
-        logits = h @ values["kernel"] + values["bias"]
-        p = np.exp(logits - logits.max(-1, keepdims=True))
-        d_logits = (p / p.sum(-1, keepdims=True) - np.eye(VOCAB)[targets]) / len(inputs)
-        d_embed = np.zeros_like(values["embed"])
-        np.add.at(d_embed, inputs, d_logits @ values["kernel"].T)
-        gradient = {"embed": d_embed, "kernel": h.T @ d_logits, "bias": d_logits.sum(0)}
+        gradient = bigram_gradient(values, window)
         norm = math.sqrt(sum((g**2).sum() for g in gradient.values()))
         for name, g in gradient.items():
             g = g * min(1, 0.5 / norm)
@@ -122,7 +170,7 @@ def test_training_learns_and_evaluation_agrees(tmp_path):
     logits = np.asarray(model(jnp.asarray(windows[:, :-1])))
     expected = reference_loss(logits, windows[:, 1:], np.ones((len(windows), LENGTH)))
     for batch in (1, 4, 7, 100):  # dividing the windows or not
-        assert training.evaluate(model, windows, batch=batch) == pytest.approx(expected, rel=1e-4)
+        assert evaluation.perplexity(model, windows, batch=batch).loss == pytest.approx(expected, rel=1e-4)
 
 
 def test_metrics_are_lines_of_json(tmp_path):
@@ -135,7 +183,7 @@ def test_metrics_are_lines_of_json(tmp_path):
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
-    return train(tmp_path_factory.mktemp("whole"))
+    return train(tmp_path_factory.mktemp("whole"), objective=scheduled, accumulate=2)
 
 
 class Stop(Exception):
@@ -151,10 +199,12 @@ def test_a_training_that_stopped_anywhere_ends_the_same(tmp_path, uninterrupted,
             raise Stop
 
     with pytest.raises(Stop):
-        train(tmp_path / "stopped", report=stop)
+        train(tmp_path / "stopped", report=stop, objective=scheduled, accumulate=2)
     reported = []
-    model, metrics = train(tmp_path / "stopped", report=lambda row: reported.append(row["step"]))
+    options: dict[str, Any] = {"objective": scheduled, "accumulate": 2}
+    model, metrics = train(tmp_path / "stopped", report=lambda row: reported.append(row["step"]), **options)
     assert [row["loss"] for row in metrics] == [row["loss"] for row in expected]
+    assert [row["weight"] for row in metrics] == [1 + i % 7 for i in range(12)]
     np.testing.assert_array_equal(model.out.kernel[...], whole.out.kernel[...])
     assert reported[0] == max(last // 5 * 5, 1) if last < 12 else reported == [12]
 
@@ -162,7 +212,8 @@ def test_a_training_that_stopped_anywhere_ends_the_same(tmp_path, uninterrupted,
 KILLED = """
 import sys
 import test_training as t
-t.train(t.Path(sys.argv[1]), report=lambda row: print(row["step"], flush=True), steps=200, checkpoint_steps=3)
+options = {"objective": t.scheduled, "accumulate": 2, "steps": 200, "checkpoint_steps": 3}
+t.train(t.Path(sys.argv[1]), report=lambda row: print(row["step"], flush=True), **options)
 """
 
 
@@ -183,8 +234,9 @@ def test_an_interrupted_and_a_killed_process_leave_whole_checkpoints(tmp_path):
         assert process.returncode != 0
         if number == signal.SIGINT:
             assert all(path.name.isdecimal() for path in (tmp_path / "killed" / "checkpoints").iterdir())
-    _, expected = train(tmp_path / "whole", steps=200, checkpoint_steps=100)
-    _, metrics = train(tmp_path / "killed", steps=200, checkpoint_steps=100)
+    options: dict[str, Any] = {"objective": scheduled, "accumulate": 2, "steps": 200, "checkpoint_steps": 100}
+    _, expected = train(tmp_path / "whole", **options)
+    _, metrics = train(tmp_path / "killed", **options)
     assert [row["loss"] for row in metrics] == [row["loss"] for row in expected]
 
 
@@ -214,6 +266,10 @@ def test_wrong_configs_and_losses_are_refused(tmp_path):
         config(steps=0)
     with pytest.raises(ValueError, match="warmup_steps must be less than steps; got warmup_steps=12, steps=12"):
         config(warmup_steps=12)
+    with pytest.raises(ValueError, match="accumulate must be at least 1; got accumulate=0"):
+        config(accumulate=0)
+    with pytest.raises(ValueError, match="accumulate must divide batch; got accumulate=3, batch=4"):
+        config(accumulate=3)
     model = bigram()
     assert model.out.bias is not None
     model.out.bias[...] = jnp.full((VOCAB,), jnp.nan)
@@ -222,8 +278,8 @@ def test_wrong_configs_and_losses_are_refused(tmp_path):
 
 
 def test_an_objective_decides_what_is_minimised(tmp_path):
-    def twice(model, windows):
-        loss, metrics = training.next_token_objective(model, windows)
+    def twice(model, windows, step):
+        loss, metrics = training.next_token_objective(model, windows, step)
         return 2 * loss, metrics | {"twice": 2 * loss}
 
     metrics = training.train(bigram(), batches(), config(steps=3), tmp_path / "twice", objective=twice)

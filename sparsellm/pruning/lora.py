@@ -16,7 +16,8 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, Int32
 
-from sparsellm.training import Batches, TrainConfig, TrainState, next_token_loss, optimizer
+from sparsellm.objectives import next_token_loss
+from sparsellm.training import Batches, TrainConfig, TrainState, optimizer
 
 
 def recover(

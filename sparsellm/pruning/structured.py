@@ -23,7 +23,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, Int32
 
-from sparsellm.training import next_token_loss
+from sparsellm.objectives import next_token_loss
 
 # Parameters of a layer -> the dimension that is divided among its heads, or its neurons.
 HEADS = {
@@ -31,6 +31,7 @@ HEADS = {
     "self_attn.out_proj.kernel": 0,
 }
 NEURONS = {"fc1.kernel": 1, "fc1.bias": 0, "fc2.kernel": 0}
+NEURONS |= {"fc1.weight": 0, "fc1_up.kernel": 1, "fc1_up.bias": 0}  # of a model that is neuron-major, or gated
 
 
 def prune_structures[M: nnx.Module](
@@ -83,7 +84,7 @@ def prune_structures[M: nnx.Module](
         kept_neurons = min(math.ceil((d_ff - int(neurons * d_ff)) / multiple) * multiple, d_ff)
         sizes[i] = (kept_heads, kept_neurons)
         for parts, count, kept in ((HEADS, layer_heads, kept_heads), (NEURONS, d_ff, kept_neurons)):
-            named = {f"layers.{i}.{name}": axis for name, axis in parts.items()}
+            named = {path: axis for name, axis in parts.items() if (path := f"layers.{i}.{name}") in params}
             keep = best(importance, named, count, kept)
             for name, axis in named.items():
                 params[name] = take(params[name], axis, count, keep)

@@ -1,0 +1,124 @@
+"""What a training minimises: the loss of the next token, alone or with the activations' L1 norm for sparsity."""
+
+import functools
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, Int32
+
+type Objective = Callable[
+    [nnx.Module, Int32[Array, "batch length_plus_1"], Int[Array, ""]], tuple[Array, dict[str, Array]]
+]
+"""Of the model, the windows and the steps before this one: what to minimise, a mean over windows, and metrics."""
+
+FFN_ACTIVATION = "ffn_activation"  # the name under which models capture what a feed-forward block's last product reads
+
+
+def next_token_loss(
+    logits: Float[Array, "batch length vocab"],
+    targets: Int[Array, "batch length"],
+    mask: Bool[Array, "batch length"] | None = None,
+) -> Float[Array, ""]:
+    """Mean cross-entropy in nats a token, over the targets that `mask` keeps (0 where it keeps none)."""
+    nats = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), targets)
+    if mask is None:
+        return nats.mean()
+    return jnp.where(mask, nats, 0.0).sum() / jnp.maximum(mask.sum(dtype=jnp.int32), 1).astype(jnp.float32)
+
+
+def next_token_objective(
+    model: nnx.Module, windows: Int32[Array, "batch length_plus_1"], step: Int[Array, ""] | int
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+    """What a training minimises unless told otherwise: the mean cross-entropy, and the same as the metric "loss"."""
+    del step
+    loss = next_token_loss(model(windows[:, :-1]), windows[:, 1:])  # pyright: ignore[reportCallIssue]
+    return loss, {"loss": loss}
+
+
+@functools.cache  # jit knows an objective by identity: the same weight compiles one step
+def l1_objective(weight: optax.Schedule) -> Objective:
+    """The mean cross-entropy + weight(step) * the L1 norm of the feed-forward activations, which makes them sparse.
+
+    The norm is that of a token in a layer, summed over neurons, averaged over tokens and layers: it does not change
+    with the batch or the depth. Metrics are "loss" (the cross-entropy), "l1" (the norm), "l1_weight", and "density":
+    the share of activations that are not zero.
+
+    Args:
+        weight: of the steps before this one; `optax.constant_schedule(2e-5)` is TwELL's, `sine_stages` ProSparse's.
+
+    Source: Cetin et al., "Sparser, Faster, Lighter Transformer Language Models" (TwELL, ICML'26), section 2.2, as their
+    code has it, with the weight of 2e-5; their equation 2 also divides by the number of neurons. Song et al.,
+    "ProSparse" (COLING'25), equation 2, sums over layers: its weights, times the number of layers, are those here.
+    """
+
+    def objective(model: nnx.Module, windows: Int32[Array, "batch length_plus_1"], step: Int[Array, ""]):
+        logits, captured = nnx.capture(model, nnx.Intermediate)(windows[:, :-1])
+        loss = next_token_loss(logits, windows[:, 1:])
+        activations = ffn_activations(captured)
+        l1 = _mean(jnp.abs(h).astype(jnp.float32).sum(axis=-1).mean() for h in activations)
+        density = _mean((h != 0).mean(dtype=jnp.float32) for h in activations)
+        with jax.numpy_dtype_promotion("standard"):  # optax's schedules multiply floats with their int32 step
+            factor = jnp.asarray(weight(step), jnp.float32)
+        return loss + factor * l1, {"loss": loss, "l1": l1, "l1_weight": factor, "density": density}
+
+    return objective
+
+
+def ffn_activations(captured: Any) -> list[Float[Array, "tokens d_ff"]]:
+    """The feed-forward activations in what `nnx.capture` gives, in the order of the layers.
+
+    Raises:
+        ValueError: there is none in it.
+    """
+    leaves = jax.tree.leaves_with_path(captured)
+    found = [x for path, x in leaves if any(getattr(key, "key", None) == FFN_ACTIVATION for key in path)]
+    if not found:
+        raise ValueError(f"the model must capture its feed-forward activations as {FFN_ACTIVATION}; it captured none")
+    return found
+
+
+def sine_stages(peaks: Sequence[float], ends: Sequence[int]) -> optax.Schedule:
+    """ProSparse's weight of the L1 norm: constant in a first stage, then up from peak to peak, each along a sine.
+
+    In step t = 1, 2, ... of stage i, which goes from step ends[i-1] to ends[i]:
+    weight = peaks[i-1] + (peaks[i] - peaks[i-1]) * (sin(-pi/2 + pi * (t - ends[i-1]) / (ends[i] - ends[i-1])) + 1) / 2;
+    the first stage has peaks[0] throughout, and what comes after the last one the last peak.
+
+    Args:
+        peaks: the weight at the end of each stage; none may be less than the one before.
+        ends: the last step of each stage.
+
+    Returns:
+        The weight as a function of the steps before this one, t - 1, as optax counts.
+
+    Raises:
+        ValueError: there is no stage, or peaks or ends are not as many or not in order.
+
+    Source: Song et al., "ProSparse" (COLING'25), appendix B, algorithm 1.
+    """
+    if not peaks or len(peaks) != len(ends):
+        raise ValueError(f"peaks and ends must be as many, at least one; got {len(peaks)} and {len(ends)}")
+    if not 0 <= peaks[0] < np.inf or not all(low <= high < np.inf for low, high in pairwise(peaks)):
+        raise ValueError(f"peaks must be finite, at least 0, and none less than the one before; got {tuple(peaks)}")
+    starts, troughs = (0, *ends[:-1]), (peaks[0], *peaks[:-1])
+    if not all(start < end for start, end in zip(starts, ends, strict=True)):
+        raise ValueError(f"ends must rise from 1 on; got {tuple(ends)}")
+
+    def weight(step) -> Float[Array, ""]:
+        t = jnp.asarray(step, jnp.int32) + 1
+        stage = jnp.minimum(jnp.searchsorted(jnp.asarray(ends, jnp.int32), t), len(ends) - 1)
+        start, end, trough, peak = (jnp.asarray(x, jnp.float32)[stage] for x in (starts, ends, troughs, peaks))
+        share = jnp.clip((t.astype(jnp.float32) - start) / (end - start), 0, 1)
+        return trough + (peak - trough) * (jnp.sin(jnp.pi * (share - 0.5)) + 1) / 2
+
+    return weight
+
+
+def _mean(values) -> Float[Array, ""]:
+    return jnp.stack(list(values)).mean()
