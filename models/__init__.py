@@ -3,7 +3,7 @@
 from models.hub import save_hf
 from models.mixtral import Mixtral, MixtralConfig
 from models.mixtral_checkpoint import load_mixtral, save_mixtral
-from models.opt import OPT, PRESETS, OPTConfig
+from models.opt import OPT, PRESETS, OPTConfig, with_predictors
 from models.opt_checkpoint import load_opt, save_opt
 from models.swin_moe import SwinMoE, SwinMoEConfig
 from models.swin_moe_checkpoint import load_swin_moe, save_swin_moe
@@ -30,4 +30,5 @@ __all__ = [
     "save_opt",
     "save_swin_moe",
     "save_switch",
+    "with_predictors",
 ]

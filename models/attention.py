@@ -15,12 +15,14 @@ CUDNN_DEVICES = ("NVIDIA A100", "NVIDIA H100", "NVIDIA H200", "NVIDIA GH200", "N
 
 
 class KVCache(NamedTuple):
-    """Keys and values of the tokens so far, one array a layer, and which of its slots hold real tokens."""
+    """Keys and values of the tokens so far, one array a layer: a token's slot is its position in its sequence.
+
+    Rows are filled each for itself; what a row holds behind its tokens is seen by nobody.
+    """
 
     keys: tuple[Float[Array, "batch slots heads head_dim"], ...]
     values: tuple[Float[Array, "batch slots heads head_dim"], ...]
-    mask: Bool[Array, "batch slots"]
-    filled: Int[Array, ""]  # slots in use, the same for the whole batch
+    filled: Int[Array, " batch"]  # slots in use
 
     @classmethod
     def empty(
@@ -29,7 +31,7 @@ class KVCache(NamedTuple):
         """Room for `slots` tokens of each of `batch` sequences; `heads` of every layer, or of each."""
         by_layer = [heads] * layers if isinstance(heads, int) else heads
         keys, values = (tuple(jnp.zeros((batch, slots, h, head_dim), dtype) for h in by_layer) for _ in range(2))
-        return cls(keys, values, jnp.zeros((batch, slots), bool), jnp.int32(0))
+        return cls(keys, values, jnp.zeros(batch, jnp.int32))
 
 
 def run_layers(layer: Callable[..., Any], layers: int, x: Array, places: "Places", cache: KVCache | None):
@@ -40,14 +42,16 @@ def run_layers(layer: Callable[..., Any], layers: int, x: Array, places: "Places
         layers: how many there are.
         x: what the first one takes.
         places: where its tokens are.
-        cache: before these tokens; None for none, and then the result's is full.
+        cache: before these tokens; None for none, then and after.
     """
     keys_values = []
     for i in range(layers):
         x, slots = layer(i, x, None if cache is None else (cache.keys[i], cache.values[i]))
         keys_values.append(slots)
+    if cache is None or places.filled is None:
+        return x, None
     keys, values = zip(*keys_values, strict=True)
-    return x, KVCache(keys, values, places.slot_mask, jnp.asarray(places.next_slot, jnp.int32))
+    return x, KVCache(keys, values, places.filled)
 
 
 class Places(NamedTuple):
@@ -56,21 +60,18 @@ class Places(NamedTuple):
     Attributes:
         mask: which tokens are real.
         positions: how many real tokens of its sequence come before each token, so that padding shifts nothing.
-        visible: True where a token of the padded batch may look at a slot.
-        lengths: real tokens of each row, if all that `visible` hides is what comes later or after them; else None.
-        slot_mask: which slots hold real tokens, with the new ones.
-        first_slot: the slot of the first new token.
-        next_slot: the slot after the last one.
+        visible: True where a token of the padded batch may look at a key: at a slot of the cache, or at a token of the
+            batch if nothing precedes them.
+        lengths: tokens of each row, if all that `visible` hides is what comes later or after them; else None.
+        filled: slots of each row in use, with the new ones; None without a cache.
         packing: where packed tokens belong; None for a padded batch.
     """
 
     mask: Bool[Array, "rows columns"]
     positions: Int[Array, "rows columns"]
-    visible: Bool[Array, "batch 1 #length slots"]
+    visible: Bool[Array, "batch 1 #length keys"]
     lengths: Int[Array, " batch"] | None
-    slot_mask: Bool[Array, "batch slots"]
-    first_slot: Int[Array, ""] | int
-    next_slot: Int[Array, ""] | int
+    filled: Int[Array, " batch"] | None
     packing: Packing | None
 
 
@@ -83,45 +84,48 @@ def place_tokens(
     causal: bool = True,
     window: int | None = None,
 ) -> Places:
-    """Puts new tokens into the next slots of a cache, or into slots of their own without one.
+    """Puts new tokens behind those of a cache, or at the beginning of their sequences if they are packed.
 
     Args:
         tokens: a padded batch, or the packed tokens of one.
-        mask: of a padded batch: True for real tokens, False for padding; None if all are real.
-        packing: where packed tokens belong.
+        mask: of a padded batch: True for real tokens, False for padding, which takes no slot; None if all are real.
+        packing: where packed tokens belong. A packed sequence takes a row of the cache over, from its first slot on;
+            one without tokens leaves the row as it is.
         cache: the tokens so far.
         causal: whether a token sees none that come after it.
         window: a token sees itself and the `window` - 1 real tokens before it; None for all before it.
 
     Raises:
-        ValueError: there are both a mask and a packing, or the tokens are not the packing's.
+        ValueError: there are both a mask and a packing, the tokens are not the packing's, or there are not as many
+            sequences as rows of the cache.
     """
-    rows, lengths = _rows(tokens, mask, packing)
-    earlier, first_slot, slot_mask = 0, 0, rows
-    if cache is not None:
-        earlier, first_slot = cache.mask.sum(axis=1, keepdims=True), cache.filled
-        slot_mask = lax.dynamic_update_slice_in_dim(cache.mask, rows, first_slot, axis=1)
-    positions = earlier + jnp.cumsum(rows, axis=1) - 1
-    visible = slot_mask[:, None]
+    real, lengths = _real_tokens(tokens, mask, packing)
+    if cache is not None and len(real) != len(cache.filled):
+        raise ValueError(f"there must be a sequence for each of the cache's {len(cache.filled)} rows; got {len(real)}")
+    positions = jnp.cumsum(real, axis=1, dtype=jnp.int32) - 1
+    counts = jnp.sum(real, axis=1, dtype=jnp.int32)
+    key_positions, visible, filled = positions, real[:, None], None  # nothing precedes them: they see each other
+    if cache is not None and packing is not None:
+        filled = jnp.where(counts > 0, counts, cache.filled)
+    elif cache is not None:
+        filled, positions, lengths = cache.filled + counts, cache.filled[:, None] + positions, None
+        key_positions = jnp.arange(cache.keys[0].shape[1], dtype=jnp.int32)[None]
+        visible = jnp.ones((len(real), 1, key_positions.shape[1]), bool)
     if causal:
-        token_slots = first_slot + jnp.arange(rows.shape[1])
-        visible &= (jnp.arange(slot_mask.shape[1])[None] <= token_slots[:, None])[None]
+        visible &= key_positions[:, None] <= positions[:, :, None]
     if window is not None:
-        slot_positions = jnp.cumsum(slot_mask, axis=1) - 1
-        visible &= positions[:, :, None] - slot_positions[:, None] < window
+        visible &= positions[:, :, None] - key_positions[:, None] < window
     return Places(
-        mask=rows if packing is None else packing.mask,
+        mask=real if packing is None else packing.mask,
         positions=positions if packing is None else packing.pack(positions),
         visible=visible[:, None],
-        lengths=lengths if causal and cache is None and window is None else None,
-        slot_mask=slot_mask,
-        first_slot=first_slot,
-        next_slot=first_slot + rows.shape[1],
+        lengths=lengths if causal and window is None else None,
+        filled=filled,
         packing=packing,
     )
 
 
-def _rows(tokens: Int[Array, "rows columns"], mask, packing: Packing | None):
+def _real_tokens(tokens: Int[Array, "rows columns"], mask, packing: Packing | None):
     """Which tokens of the padded batch are real; and how many of each row, unless padding may be anywhere."""
     if mask is not None and packing is not None:
         raise ValueError("at most one of mask and packing must be given; got both")
@@ -140,46 +144,60 @@ def padded(x: Shaped[Array, "rows columns *features"], packing: Packing | None):
 
 
 def write_slots(slots, keys, values, places: Places):
-    """Keys and values of all slots once the new ones are among them; just the new ones if `slots` is None."""
-    keys, values = (padded(x, places.packing) for x in (keys, values))
-    if slots is None:
-        return keys, values
-    old_keys, old_values = slots
-    return (
-        lax.dynamic_update_slice_in_dim(old_keys, keys, places.first_slot, axis=1),
-        lax.dynamic_update_slice_in_dim(old_values, values, places.first_slot, axis=1),
-    )
+    """Writes the new keys and values into the slots of a cache, if there are any.
+
+    Returns:
+        The keys and values that the new tokens look at, and all slots (None if there are none).
+    """
+    if slots is not None:
+        slots = tuple(_write(old, new, places) for old, new in zip(slots, (keys, values), strict=True))
+        if places.packing is None:
+            return slots, slots
+    return tuple(padded(x, places.packing) for x in (keys, values)), slots
+
+
+def _write(
+    old: Float[Array, "batch slots heads head_dim"], new: Float[Array, "rows columns heads head_dim"], places: Places
+) -> Float[Array, "batch slots heads head_dim"]:
+    """SWrite. Padding is written nowhere, and neither is what comes behind the last slot."""
+    batch, slots = old.shape[:2]
+    nowhere = slots + jnp.arange(places.mask.size, dtype=jnp.int32).reshape(places.mask.shape)  # distinct there too
+    column = jnp.where(places.mask, places.positions, nowhere)
+    packing = places.packing
+    row = jnp.arange(batch)[:, None] if packing is None else jnp.maximum(packing.segment_ids, 0)[None]
+    return old.at[row, column].set(new, mode="drop", unique_indices=True)
 
 
 def attend(
     q: Float[Array, "rows columns heads head_dim"],
-    k: Float[Array, "batch slots kv_heads head_dim"],
-    v: Float[Array, "batch slots kv_heads head_dim"],
+    k: Float[Array, "batch keys kv_heads head_dim"],
+    v: Float[Array, "batch keys kv_heads head_dim"],
     places: Places,
     *,
-    bias: Float[Array, "1 heads length slots"] | None = None,
+    bias: Float[Array, "#batch heads length keys"] | None = None,
     scale: float | None = None,
 ) -> Float[Array, "rows columns heads head_dim"]:
-    """Softmax attention to the visible slots: by cuDNN where lengths say which those are, else by XLA.
+    """Softmax attention to the visible keys: by cuDNN where lengths say which those are, else by XLA.
 
     Args:
         q: queries of the new tokens, padded or packed.
-        k: keys of all slots; heads share them where there are fewer.
-        v: values of all slots.
+        k: keys, of the padded batch or of all slots; heads share them where there are fewer.
+        v: their values.
         places: of the new tokens.
         bias: added to the scores of the padded batch, in float32.
         scale: what scores are multiplied by; None for 1 / sqrt(head_dim).
     """
     q = padded(q, places.packing)
     if places.lengths is not None and bias is None and _cudnn_takes(q):
+        lengths = jnp.maximum(places.lengths, 1)  # of a sequence without tokens, one that nobody reads
         out = jax.nn.dot_product_attention(
             q,
             k,
             v,
             scale=scale,
             is_causal=True,
-            query_seq_lengths=places.lengths,
-            key_value_seq_lengths=places.lengths,
+            query_seq_lengths=lengths,
+            key_value_seq_lengths=lengths,
             implementation="cudnn",
         )
     else:

@@ -16,7 +16,10 @@ from sparsellm import huggingface
 from sparsellm.checkpoint import CONFIG, is_checkpoint, load_checkpoint, load_config, save_checkpoint
 from sparsellm.sharding import TENSOR_PARALLEL, Rules, abstract_model
 from sparsellm.stored import Stored
+from sparsellm.unstructured import CompressedArray, check_layers, layouts, with_layouts
 
+COMPRESSED = "unstructured"  # what config.json calls the layouts of compressed layers
+SAVED = nnx.Any(nnx.Param, CompressedArray)
 TENSOR_NAMES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
 
 type ParameterPath = tuple[Any, ...]
@@ -68,6 +71,8 @@ def load[M: nnx.Module](
 ) -> M:
     """Loads a model from either format, each tensor straight into its dtype and place on the devices.
 
+    What was compressed (`sparsellm.unstructured`) comes back compressed, its counts and offsets checked.
+
     Args:
         architecture: what it must be.
         path_or_hub_id: a Hugging Face folder (config.json, one or several safetensors), a native checkpoint, or a hub
@@ -81,54 +86,65 @@ def load[M: nnx.Module](
 
     Raises:
         FileNotFoundError: there is no such folder, or files are missing from it.
-        ValueError: another architecture, pickles only, a damaged file, tensors that do not fit (all named), or an
-            unknown dtype.
+        ValueError: another architecture, pickles only, a damaged file, tensors that do not fit (all named), an unknown
+            dtype, or another one than a compressed model's; or a mesh for one.
     """
     folder = huggingface.find_folder(path_or_hub_id, revision=revision)
     native = is_checkpoint(folder)
-    if native:
-        fields = _native_fields(architecture, folder)
-    else:
-        fields = architecture.read_config(huggingface.read_config(folder, architecture=architecture.name))
+    described = load_config(folder) if native else huggingface.read_config(folder, architecture=architecture.name)
+    compressed = described.pop(COMPRESSED, {})
+    if compressed and mesh is not None:
+        raise ValueError(f"a compressed model is loaded onto one device; got {folder}, which is one, and a mesh")
+    fields = _native_fields(architecture, folder, described) if native else architecture.read_config(described)
     param_dtype = param_dtype or dtype or fields["param_dtype"]
     config = architecture.config(**(fields | {"dtype": dtype or param_dtype, "param_dtype": param_dtype} | choices))
     make = cast(Callable[..., M], architecture.model)
-    graphdef, abstract = abstract_model(lambda: make(config, rngs=nnx.Rngs(0)), mesh, rules)
+    graphdef, abstract = abstract_model(
+        lambda: with_layouts(make(config, rngs=nnx.Rngs(0)), compressed, folder), mesh, rules
+    )
     parameters = {dotted(path): (path, variable) for path, variable in nnx.to_flat_state(abstract)}
     if native:
         wanted = {name: variable.get_value() for name, (_, variable) in parameters.items()}
         arrays = load_checkpoint(folder, wanted)
     else:
-        tensors = huggingface.open_tensors(folder, architecture.short_name)
+        dtypes = huggingface.DTYPES + (huggingface.INTEGERS if compressed else ())
+        tensors = huggingface.open_tensors(folder, architecture.short_name, dtypes=dtypes)
         architecture.prepare(folder, tensors)
         stored = {
-            name: architecture.stored(path, variable.get_value(), tensors.keys())
+            name: _stored(architecture, path, variable, variable.get_value(), tensors.keys())
             for name, (path, variable) in parameters.items()
         }
         arrays = huggingface.load_tensors(folder, tensors, stored)
     state = nnx.from_flat_state(
         [(path, variable.replace(arrays[name])) for name, (path, variable) in parameters.items()]
     )
-    return nnx.merge(graphdef, state)
+    model = nnx.merge(graphdef, state)
+    check_layers(model, folder)
+    return model
 
 
 def save(architecture: Architecture, model: Any, folder: str | Path, *, overwrite: bool = False) -> None:
     """Writes a native checkpoint (Orbax), which `load` reads; arguments and errors of `save_checkpoint`."""
-    config = {"model_type": architecture.model_type, **dataclasses.asdict(model.config)}
-    state = {dotted(path): variable[...] for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param))}
+    config = {"model_type": architecture.model_type, **dataclasses.asdict(model.config), **_layouts(model)}
+    state = {dotted(path): variable[...] for path, variable in nnx.to_flat_state(nnx.state(model, SAVED))}
     save_checkpoint(folder, config, state, overwrite=overwrite)
 
 
 def save_hf(architecture: Architecture, model: Any, folder: str | Path, **options: Any) -> None:
-    """Writes a folder that transformers can load; options and errors of `huggingface.save_folder`."""
+    """Writes a folder that transformers can load; options and errors of `huggingface.save_folder`.
+
+    That of a compressed model is for `load` alone: its model_type is one that transformers refuses.
+    """
+    compressed = _layouts(model)
     config = {
         "architectures": [architecture.name],
-        "model_type": architecture.model_type,
+        "model_type": architecture.model_type + (f"-{COMPRESSED}" if compressed else ""),
         "torch_dtype": model.config.param_dtype,
         **architecture.write_config(model.config),
+        **compressed,
     }
-    parameters = nnx.to_flat_state(nnx.state(model, nnx.Param))
-    stored = [architecture.stored(path, variable[...], ()) for path, variable in parameters]
+    parameters = nnx.to_flat_state(nnx.state(model, SAVED))
+    stored = [_stored(architecture, path, variable, variable[...], ()) for path, variable in parameters]
     originals = {parameter.names: parameter for parameter in stored if isinstance(parameter.names, str)}
     for copy, original in architecture.copies(model.config).items():
         stored.append(dataclasses.replace(originals[original], names=copy))
@@ -173,9 +189,24 @@ def tensor_name(path: ParameterPath) -> str:
     return dotted((*path[:-1], TENSOR_NAMES[path[-1]]))
 
 
-def _native_fields(architecture: Architecture, folder: Path) -> dict[str, Any]:
-    """Fields of the configuration out of a checkpoint by `save`."""
-    fields, model = load_config(folder), architecture.model.__name__
+def _layouts(model: nnx.Module) -> dict[str, Any]:
+    """What config.json says of compressed layers: nothing where there are none."""
+    found = layouts(model)
+    return {COMPRESSED: found} if found else {}
+
+
+def _stored(architecture: Architecture, path: ParameterPath, variable: nnx.Variable, array: Any, found) -> Stored:
+    """How a parameter, or an array of a compressed layer, is stored in safetensors."""
+    if isinstance(variable, CompressedArray):
+        if array.dtype.name.startswith("float8"):  # the reader of safetensors for numpy knows none
+            raise ValueError(f"values of float8 are kept in native checkpoints only; got {dotted(path)}")
+        return Stored(array, dotted(path))
+    return architecture.stored(path, array, found)
+
+
+def _native_fields(architecture: Architecture, folder: Path, described: dict[str, Any]) -> dict[str, Any]:
+    """Fields of the configuration out of the config.json of a checkpoint by `save`."""
+    fields, model = dict(described), architecture.model.__name__
     if fields.pop("model_type", None) != architecture.model_type:
         article = "an" if model[0] in "AEIO" else "a"
         says = f"its {CONFIG} says no model_type {architecture.model_type}"

@@ -136,8 +136,8 @@ class Attention(nnx.Module):
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
         q, k = (rotate(x, places.positions, self.config.rope_theta) for x in (q, k))
-        k, v = write_slots(slots, k, v, places)
-        return self.o_proj(attend(q, k, v, places).reshape(*x.shape[:2], -1)), (k, v)
+        (k, v), slots = write_slots(slots, k, v, places)
+        return self.o_proj(attend(q, k, v, places).reshape(*x.shape[:2], -1)), slots
 
 
 class DecoderLayer(nnx.Module):

@@ -13,15 +13,16 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from models.activations import check_activation
 from models.attention import KVCache, Places, attend, place_tokens, run_layers, write_slots
 from models.config import check_dtypes, check_sizes
+from models.feed_forward import LISTED, PREDICTIONS, FeedForward, Prediction, capture, output_init
 from models.layers import embed, linear
-from pallas_kernels import gather_matmul, relu_matmul
 from pallas_kernels.micro_tile_index import ROWS
 from sparsellm.packing import Packing
+from sparsellm.predictors import Predictor
 from sparsellm.sharding import sharded
 
-ACTIVATIONS = {"relu": jax.nn.relu, "gelu": jax.nn.gelu, "silu": jax.nn.silu}
 POSITION_OFFSET = 2  # the first two rows of the position table are padding's
 
 
@@ -38,11 +39,17 @@ class OPTConfig:
         embed_dim: width of the token embedding; None for d_model. Where it differs, two projections join them (350M).
         max_length: positions that were learned.
         pre_norm: layer norm before each block and a last one at the end; False (350M): after each block.
-        activation: "relu", or "gelu" or "silu" for models that are to be ReLUfied.
+        activation: "relu", "shifted_relu" or "drelu"; or "gelu" or "silu" for models that are to be ReLUfied (see
+            `models.activations`).
+        gated: multiply the activation with a second projection of its input.
+        thresholds: of each layer, with "relu": what is not above it becomes zero (FATReLU); None for 0.
+        norm_relu: ReLU after the norms that precede the blocks too (ReLUfication's stage 2).
         dtype: what is computed in: "bfloat16", "float16" or "float32". Logits are float32 always.
         param_dtype: what parameters are kept in.
         sparse_rows: tokens in a micro-tile of the feed-forward activation (1, 8, 16, 32, 64 or 128), to skip the
-            neurons that no token of such a block activates; None multiplies densely.
+            neurons that no token of such a block activates; None multiplies densely. Of all layers, or of each (see
+            `models.prefill.choose_sparse_rows`).
+        neuron_major: keep fc1 as [d_ff, d_model], a row for each neuron, as decoding over predicted neurons reads it.
         init_std: standard deviation of the initial weights; 0.006 is the paper's (section 2.2).
         layer_sizes: (heads, neurons) of each layer where some were pruned (`sparsellm.pruning`); None for `heads` and
             `d_ff` everywhere. The width of a head is d_model / heads in any case.
@@ -57,9 +64,13 @@ class OPTConfig:
     max_length: int = 2048
     pre_norm: bool = True
     activation: str = "relu"
+    gated: bool = False
+    thresholds: Sequence[float] | None = None
+    norm_relu: bool = False
     dtype: str = "float32"
     param_dtype: str = "float32"
-    sparse_rows: int | None = None
+    sparse_rows: int | None | Sequence[int | None] = None
+    neuron_major: bool = False
     init_std: float = 0.006
     layer_sizes: Sequence[Sequence[int]] | None = None
 
@@ -68,13 +79,16 @@ class OPTConfig:
         check_sizes(self, *sizes, *(() if self.embed_dim is None else ("embed_dim",)))
         if self.d_model % self.heads:
             raise ValueError(f"heads must divide d_model; got heads={self.heads}, d_model={self.d_model}")
-        if self.activation not in ACTIVATIONS:
-            raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}; got {self.activation!r}")
         check_dtypes(self)
-        if self.sparse_rows is not None and self.sparse_rows not in ROWS:
+        if isinstance(self.sparse_rows, Sequence):
+            object.__setattr__(self, "sparse_rows", tuple(self.sparse_rows))  # JSON knows lists only
+            if len(self.sparse_rows) != self.layers:
+                raise ValueError(f"sparse_rows must be one, or {self.layers}; got sparse_rows={self.sparse_rows}")
+        if not {self.rows(layer) for layer in range(self.layers)} <= {None, *ROWS}:
             raise ValueError(f"sparse_rows must be None or one of {ROWS}; got sparse_rows={self.sparse_rows}")
-        if self.sparse_rows is not None and self.activation != "relu":
-            raise ValueError(f"sparse_rows needs exact zeros, so activation 'relu'; got {self.activation!r}")
+        if self.thresholds is not None:
+            object.__setattr__(self, "thresholds", tuple(map(float, self.thresholds)))
+        check_activation(self)
         if self.layer_sizes is not None:
             sizes = tuple((int(heads), int(d_ff)) for heads, d_ff in self.layer_sizes)  # JSON knows lists only
             object.__setattr__(self, "layer_sizes", sizes)
@@ -86,6 +100,10 @@ class OPTConfig:
         """Heads and neurons of a layer."""
         heads, d_ff = (self.heads, self.d_ff) if self.layer_sizes is None else self.layer_sizes[layer]
         return heads, d_ff
+
+    def rows(self, layer: int) -> int | None:
+        """Tokens in a micro-tile of a layer, or None."""
+        return self.sparse_rows[layer] if isinstance(self.sparse_rows, Sequence) else self.sparse_rows
 
     @classmethod
     def preset(cls, size: str, **overrides: Any) -> "OPTConfig":
@@ -112,15 +130,11 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def _output_init(config: OPTConfig) -> nnx.Initializer:
-    """Layers that write to the residual stream start smaller, by 1/sqrt(2 L) (the paper, section 2.2)."""
-    return nnx.initializers.normal(config.init_std / (2 * config.layers) ** 0.5)
-
-
 class LayerNorm(nnx.LayerNorm):
-    """Layer norm in float32, whatever it is given and gives back."""
+    """Layer norm in float32, whatever it is given and gives back; with `relu`, only what is positive of it."""
 
-    def __init__(self, config: OPTConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: OPTConfig, *, relu: bool = False, rngs: nnx.Rngs):
+        self.relu = relu
         super().__init__(
             config.d_model,
             epsilon=1e-5,
@@ -133,7 +147,11 @@ class LayerNorm(nnx.LayerNorm):
         )
 
     def __call__(self, x: Float[Array, "*tokens d_model"]) -> Float[Array, "*tokens d_model"]:
-        return super().__call__(x).astype(x.dtype)
+        y = super().__call__(x).astype(x.dtype)
+        if self.relu:
+            y = jax.nn.relu(y)
+            capture(self, "norm_activation", y)
+        return y
 
 
 class Attention(nnx.Module):
@@ -146,7 +164,7 @@ class Attention(nnx.Module):
         self.q_proj = linear(config, into, ("embed", "heads"), bias=True, rngs=rngs)
         self.k_proj = linear(config, into, ("embed", "heads"), bias=True, rngs=rngs)
         self.v_proj = linear(config, into, ("embed", "heads"), bias=True, rngs=rngs)
-        self.out_proj = linear(config, out, ("heads", "embed"), init=_output_init(config), bias=True, rngs=rngs)
+        self.out_proj = linear(config, out, ("heads", "embed"), init=output_init(config), bias=True, rngs=rngs)
 
     def __call__(self, x: Float[Array, "batch length d_model"], places: Places, slots):
         """Attends from each token to the visible slots.
@@ -160,52 +178,27 @@ class Attention(nnx.Module):
             The output, and the keys and values of all slots.
         """
         q, k, v = (proj(x).reshape(*x.shape[:2], self.heads, -1) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        k, v = write_slots(slots, k, v, places)
-        return self.out_proj(attend(q, k, v, places).reshape(*x.shape[:2], -1)), (k, v)
+        (k, v), slots = write_slots(slots, k, v, places)
+        return self.out_proj(attend(q, k, v, places).reshape(*x.shape[:2], -1)), slots
 
 
-class DecoderLayer(nnx.Module):
+class DecoderLayer(FeedForward):
     """Attention, then a feed-forward block, each around a residual."""
 
     def __init__(self, config: OPTConfig, layer: int, *, rngs: nnx.Rngs):
-        self.config = config
-        heads, d_ff = config.sizes(layer)
-        self.self_attn = Attention(config, heads, rngs=rngs)
-        self.self_attn_layer_norm = LayerNorm(config, rngs=rngs)
-        self.fc1 = linear(config, (config.d_model, d_ff), ("embed", "ffn"), bias=True, rngs=rngs)
-        out, init = (d_ff, config.d_model), _output_init(config)
-        self.fc2 = linear(config, out, ("ffn", "embed"), init=init, bias=True, rngs=rngs)
-        self.final_layer_norm = LayerNorm(config, rngs=rngs)
+        self.self_attn = Attention(config, config.sizes(layer)[0], rngs=rngs)
+        self.self_attn_layer_norm = LayerNorm(config, relu=config.norm_relu, rngs=rngs)
+        super().__init__(config, layer, rngs=rngs)
+        self.final_layer_norm = LayerNorm(config, relu=config.norm_relu, rngs=rngs)
 
     def __call__(self, x: Float[Array, "batch length d_model"], places: Places, slots):
         """Returns the layer's output, and the keys and values of all slots."""
-        pre_norm = self.config.pre_norm
+        pre_norm, entering = self.config.pre_norm, x
         y, slots = self.self_attn(self.self_attn_layer_norm(x) if pre_norm else x, places, slots)
         x = x + y if pre_norm else self.self_attn_layer_norm(x + y)
-        y = self.feed_forward(self.final_layer_norm(x) if pre_norm else x, places.mask)
+        y = self.feed_forward(self.final_layer_norm(x) if pre_norm else x, places.mask, entering)
         x = x + y if pre_norm else self.final_layer_norm(x + y)
         return x, slots
-
-    def feed_forward(self, x: Float[Array, "batch length d_model"], mask: Bool[Array, "batch length"]):
-        """fc2(activation(fc1(x))). Padding activates no neuron, so that it makes no micro-tile live."""
-        rows = self.config.sparse_rows
-        if rows is None:
-            activate = ACTIVATIONS[self.config.activation]
-            h = jnp.where(mask[..., None], activate(self.fc1(x)), 0)
-            self._capture(h.reshape(-1, h.shape[-1]))
-            return self.fc2(h)
-        w1, b1, w2, b2 = (
-            jnp.asarray(w, x.dtype) for w in (self.fc1.kernel, self.fc1.bias, self.fc2.kernel, self.fc2.bias)
-        )
-        # fc1 straight into k-major, [d_ff, tokens]: a neuron's values for the tokens of a micro-tile lie together.
-        h_t, index = relu_matmul(x.reshape(-1, x.shape[-1]), w1, b1, rows, mask.reshape(-1))
-        self._capture(h_t.T)
-        out = gather_matmul(h_t, w2, index, zero_elsewhere=True)
-        return out.reshape(x.shape) + b2[None, None]
-
-    def _capture(self, activation: Float[Array, "tokens d_ff"]) -> None:
-        if hasattr(self, "__captures__"):  # inside nnx.capture; elsewhere `sow` warns and would change the module
-            self.sow(nnx.Intermediate, "ffn_activation", activation)
 
 
 class OPT(nnx.Module):
@@ -213,7 +206,9 @@ class OPT(nnx.Module):
 
     The feed-forward activations of layer i, [tokens, d_ff], zero at padding, are captured as
     `captured["layers"][i]["ffn_activation"][0]` by
-    `logits, captured = nnx.capture(model, nnx.Intermediate)(tokens)`.
+    `logits, captured = nnx.capture(model, nnx.Intermediate)(tokens)`; those of the gate alone, of a gated model that
+    runs dense, as "ffn_gate" beside them. So are each block's "ffn_input" and "ffn_output", [batch, length, d_model],
+    and where neurons are predicted, which ones are computed: "ffn_predicted".
     """
 
     def __init__(self, config: OPTConfig, *, rngs: nnx.Rngs):
@@ -297,3 +292,62 @@ class OPT(nnx.Module):
             head_dim=config.d_model // config.heads,
             dtype=config.dtype,
         )
+
+
+def with_predictors(model: OPT, predictors: Sequence[Predictor | None], prediction: Prediction = "lists") -> OPT:
+    """The same parameters, of which predicted neurons alone are computed while decoding.
+
+    Args:
+        model: the model; what it has learned is shared, not copied. "lists" reads rows of fc1: if the model is not
+            `neuron_major`, all of fc1 is transposed for them at every step.
+        predictors: of each layer; None computes all its neurons.
+        prediction: "lists": calls with one token a row, and at most 32 rows, read only the neurons that are predicted
+            for any of these tokens. "mask": such calls compute all, and leave out what "lists" would: a simulation.
+            "mask_everywhere": every call leaves out what is not predicted for each token itself, to measure quality.
+
+    Raises:
+        ValueError: the predictors are of another model, `prediction` is unknown, or `neuron_ffn` does not know the
+            model's activation.
+    """
+    config = model.config
+    if prediction not in PREDICTIONS:
+        raise ValueError(f"prediction must be one of {', '.join(PREDICTIONS)}; got {prediction!r}")
+    if prediction == "lists" and (config.activation not in LISTED or config.gated or config.thresholds is not None):
+        got = f"activation={config.activation!r}, gated={config.gated}, thresholds={config.thresholds}"
+        raise ValueError(f'prediction "lists" takes {", ".join(LISTED)}, without gate and thresholds; got {got}')
+    if len(predictors) != config.layers:
+        rule = f"predictors must be one, or None, for each of {config.layers} layers"
+        raise ValueError(f"{rule}; got {len(predictors)}: those of another model")
+    predicted = nnx.merge(*nnx.split(model))
+    for i, (layer, predictor) in enumerate(zip(predicted.layers, predictors, strict=True)):
+        sizes = config.d_model, config.sizes(i)[1]
+        if predictor is not None and (predictor.d_model, predictor.neurons) != sizes:
+            got = f"{predictor.d_model} and {predictor.neurons}: a predictor of another model"
+            raise ValueError(f"predictor {i} must be of d_model={sizes[0]} and {sizes[1]} neurons; got {got}")
+        layer.predictor, layer.prediction = nnx.data(predictor), prediction
+    return predicted
+
+
+def with_sparse_rows(model: OPT, sparse_rows: int | None | Sequence[int | None]) -> OPT:
+    """The same parameters, shared, under another `OPTConfig.sparse_rows`."""
+    changed = nnx.merge(*nnx.split(model))
+    changed.config = dataclasses.replace(model.config, sparse_rows=sparse_rows)
+    for i, layer in enumerate(changed.layers):
+        layer.config, layer.sparse_rows = changed.config, changed.config.rows(i)
+    return changed
+
+
+def with_layout(model: OPT, *, neuron_major: bool) -> OPT:
+    """The same parameters, without predictors, and with fc1 neuron-major or not: a copy where it was not so before."""
+    if model.config.neuron_major == neuron_major:
+        return model
+    config = dataclasses.replace(model.config, neuron_major=neuron_major)
+    graphdef, abstract = nnx.split(nnx.eval_shape(lambda: OPT(config, rngs=nnx.Rngs(0))))
+    arrays = {path: variable[...] for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param))}
+    theirs, ours = ("kernel", "weight") if neuron_major else ("weight", "kernel")
+
+    def found(path: tuple) -> Array:
+        return arrays[path] if path in arrays else arrays[(*path[:-1], theirs if path[-1] == ours else ours)].T
+
+    flat = [(path, variable.replace(found(path))) for path, variable in nnx.to_flat_state(abstract)]
+    return nnx.merge(graphdef, nnx.from_flat_state(flat))

@@ -4,15 +4,16 @@ A parameter's path is its Hugging Face name but for the last word (`checkpoint.T
 stored [out, in] there, [in, out] here.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 from jax.sharding import Mesh
 
 from models import checkpoint
-from models.checkpoint import Architecture, ParameterPath, read_fields, tensor_name
-from models.opt import OPT, OPTConfig
+from models.checkpoint import Architecture, ParameterPath, dotted, read_fields, tensor_name
+from models.opt import OPT, OPTConfig, with_layout
+from sparsellm.checkpoint import is_checkpoint
 from sparsellm.huggingface import equal_tensors
 from sparsellm.sharding import TENSOR_PARALLEL, Rules
 from sparsellm.stored import Stored
@@ -49,14 +50,18 @@ def load_opt(
     param_dtype: str | None = None,
     mesh: Mesh | None = None,
     rules: Rules = TENSOR_PARALLEL,
-    sparse_rows: int | None = None,
+    sparse_rows: int | None | Sequence[int | None] = None,
+    neuron_major: bool = False,
     revision: str | None = None,
 ) -> OPT:
     """Loads an OPT from a Hugging Face folder, a checkpoint by `save_opt`, or the hub ("facebook/opt-125m").
 
-    Arguments and errors of `checkpoint.load`; `sparse_rows` as in `OPTConfig`.
+    Arguments and errors of `checkpoint.load`; `sparse_rows` and `neuron_major` as in `OPTConfig`. A native checkpoint
+    in the other layout is loaded as it is, and for a moment there are two copies of fc1.
     """
-    return checkpoint.load(
+    native = is_checkpoint(Path(path_or_hub_id).expanduser())
+    layout = {} if native else {"neuron_major": neuron_major}
+    model = checkpoint.load(
         ARCHITECTURE,
         path_or_hub_id,
         dtype=dtype,
@@ -65,7 +70,9 @@ def load_opt(
         rules=rules,
         revision=revision,
         sparse_rows=sparse_rows,
+        **layout,
     )
+    return with_layout(model, neuron_major=neuron_major)
 
 
 def save_opt(model: OPT, folder: str | Path, *, overwrite: bool = False) -> None:
@@ -78,6 +85,14 @@ def _write_config(config: OPTConfig) -> dict[str, Any]:
         raise ValueError(
             f"transformers knows no OPT whose layers differ: save_opt keeps it; got layer_sizes={config.layer_sizes}"
         )
+    ours = {name: getattr(config, name) for name in ("gated", "thresholds", "norm_relu") if getattr(config, name)}
+    if config.activation in ("shifted_relu", "drelu"):
+        ours["activation"] = config.activation
+    if ours:
+        said = ", ".join(f"{name}={value}" for name, value in ours.items())
+        raise ValueError(
+            f"transformers' OPT has no gate, FATReLU, shifted ReLU or norm_relu: save_opt keeps it; got {said}"
+        )
     fields = {theirs: getattr(config, ours) for ours, theirs in FIELDS.items()}
     fields["word_embed_proj_dim"] = config.embed_dim or config.d_model
     return fields | FIXED | SPECIAL_TOKENS | NO_DROPOUT | {"init_std": config.init_std}
@@ -88,7 +103,8 @@ def _read_config(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _stored(path: ParameterPath, array: Any, found: Collection[str]) -> Stored:
-    return Stored(array, tensor_name(path), transposed=path[-1] == "kernel")
+    name = dotted(path) if path[-1] == "weight" else tensor_name(path)  # neuron-major: as it is there
+    return Stored(array, name, transposed=path[-1] == "kernel")
 
 
 def _short_name(name: str) -> str:

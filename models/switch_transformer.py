@@ -49,8 +49,8 @@ def _initializer(scale: float, **axes: Any) -> nnx.Initializer:
 
 
 def relative_position_buckets(
-    distance: Int[Array, "queries keys"], *, buckets: int, max_distance: int, bidirectional: bool
-) -> Int[Array, "queries keys"]:
+    distance: Int[Array, "*batch queries keys"], *, buckets: int, max_distance: int, bidirectional: bool
+) -> Int[Array, "*batch queries keys"]:
     """The bucket of each distance (key's position minus query's): one a token nearby, then logarithmically wider ones.
 
     Source: Raffel et al. (2020), section 2.1, as in mesh_tensorflow's transformer_layers.py.
@@ -162,7 +162,7 @@ class Block(nnx.Module):
         Args:
             x: the tokens.
             places: where they stand.
-            bias: of the scores of self-attention, [1, heads, length, slots].
+            bias: of the scores of self-attention, [#batch, heads, length, keys].
             slots: keys and values of a cache to write into, or None.
             memory: the encoder's keys, values and mask, in the decoder.
 
@@ -170,8 +170,8 @@ class Block(nnx.Module):
             The output, and the keys and values of all slots.
         """
         normed = self.self_attn_layer_norm(x)
-        slots = write_slots(slots, *self.self_attn.keys_values(normed), places)
-        x = x + self.self_attn(normed, *slots, places, bias)
+        (keys, values), slots = write_slots(slots, *self.self_attn.keys_values(normed), places)
+        x = x + self.self_attn(normed, keys, values, places, bias)
         if memory is not None:
             keys, values, encoder_mask = memory
             read = places._replace(visible=encoder_mask[:, None, None], lengths=None)
@@ -194,22 +194,22 @@ class Stack(nnx.Module):
         )
         self.final_layer_norm = RMSNorm(config, epsilon=config.norm_epsilon, rngs=rngs)
 
-    def position_bias(self, queries: Int[Array, " length"], keys: Int[Array, " slots"]):
-        """What the distance between two positions adds to the scores, float32 [1, heads, length, slots]."""
+    def position_bias(self, queries: Int[Array, "#batch length"], keys: Int[Array, " keys"]):
+        """What the distance between two positions adds to the scores, float32 [#batch, heads, length, keys]."""
         buckets = relative_position_buckets(
-            keys[None] - queries[:, None],
+            keys[None, None] - queries[:, :, None],
             buckets=self.config.position_buckets,
             max_distance=self.config.max_distance,
             bidirectional=not self.decoder,
         )
-        return jnp.moveaxis(self.relative_attention_bias(buckets).astype(jnp.float32), -1, 0)[None]
+        return jnp.moveaxis(self.relative_attention_bias(buckets).astype(jnp.float32), -1, 1)
 
 
 class SwitchTransformer(nnx.Module):
     """The encoder-decoder.
 
-    `sparsellm.generation.generate(model, prompts, max_new_tokens=..., eos_id=1, pad_id=0)` encodes the prompts and
-    decodes from the start token on.
+    `sparsellm.generation.generate(model, prompts, max_new_tokens=..., eos_id=1)` encodes the prompts and decodes
+    from the start token on.
 
     What the routers decided is captured; both auxiliary losses are made of it:
         logits, captured = nnx.capture(model, nnx.Intermediate)(tokens, decoder_tokens)
@@ -261,8 +261,8 @@ class SwitchTransformer(nnx.Module):
     ) -> Float[Array, "batch length d_model"]:
         """The encoder's output; arguments as of a call."""
         places = place_tokens(tokens, mask, packing, causal=False)
-        positions = jnp.arange(places.next_slot)
-        bias = self.encoder.position_bias(positions, positions)
+        columns = jnp.arange(places.visible.shape[-1])
+        bias = self.encoder.position_bias(columns[None], columns)
         x = self.shared(tokens).astype(self.config.dtype)
         for block in self.encoder.block:
             x, _ = block(x, places, bias)
@@ -292,8 +292,8 @@ class SwitchTransformer(nnx.Module):
         mask: Bool[Array, "batch length"] | None = None,
         packing: Packing | None = None,
         cache: KVCache | None = None,
-    ) -> tuple[Float[Array, "batch length d_model"], KVCache]:
-        """What `logits` turns into logits, and the cache with these tokens in it (full, where there was none).
+    ) -> tuple[Float[Array, "batch length d_model"], Any]:
+        """What `logits` turns into logits, and the cache with these tokens in it, if there is one.
 
         Args:
             tokens: the decoder's tokens.
@@ -304,8 +304,10 @@ class SwitchTransformer(nnx.Module):
                 end are not checked: the caller keeps count.
         """
         places = place_tokens(tokens, mask, packing, cache)
-        length, slots = places.visible.shape[2:]
-        bias = self.decoder.position_bias(places.first_slot + jnp.arange(length), jnp.arange(slots))
+        length, keys = places.visible.shape[2:]
+        follow = cache is not None and packing is None  # else they see each other, by their columns
+        queries = places.positions if follow else jnp.arange(length)[None]
+        bias = self.decoder.position_bias(queries, jnp.arange(keys))
         x = self.shared(tokens).astype(self.config.dtype)
 
         def layer(i, x, slots):
@@ -338,15 +340,20 @@ class SwitchTransformer(nnx.Module):
         tokens: Int[Array, "batch length"],
         *,
         mask: Bool[Array, "batch length"] | None = None,
+        packing: Packing | None = None,
         cache: Unread | Generation | None = None,
     ) -> tuple[Float[Array, "batch decoder_length d_model"], Generation]:
-        """For `generate`: the first call reads the prompts and gives what follows the start token, others decode."""
-        if not isinstance(cache, Generation):
-            batch, length = tokens.shape
-            memory = self.memory(self.encode(tokens, mask=mask), mask=mask)
-            # The prompt is the encoder's: the decoder needs a slot for the start token instead.
-            slots = 1 + (cache.length - length if cache else 0)
-            cache = Generation(memory, self.init_decoder_cache(batch, slots))
-            tokens, mask = jnp.full((batch, 1), self.config.start_id, jnp.int32), None
-        hidden, decoder_cache = self.decode(tokens, cache.memory, mask=mask, cache=cache.cache)
-        return hidden, Generation(cache.memory, decoder_cache)
+        """For `generate`: the first call reads the prompts, and gives for each of their tokens what follows the start
+        token; others decode."""
+        if isinstance(cache, Generation):
+            hidden, decoder_cache = self.decode(tokens, cache.memory, mask=mask, cache=cache.cache)
+            return hidden, Generation(cache.memory, decoder_cache)
+        batch, length = (packing.batch, packing.length) if packing is not None else tokens.shape
+        memory = self.memory(self.encode(tokens, mask=mask, packing=packing), mask=mask, packing=packing)
+        # The prompt is the encoder's: the decoder needs a slot for the start token instead.
+        decoder_cache = self.init_decoder_cache(batch, 1 + (cache.length - length if cache else 0))
+        start = jnp.full((batch, 1), self.config.start_id, jnp.int32)
+        hidden, decoder_cache = self.decode(start, memory, cache=decoder_cache)
+        if packing is not None:
+            hidden = packing.pack(jnp.broadcast_to(hidden, (batch, length, hidden.shape[-1])))
+        return hidden, Generation(memory, decoder_cache)

@@ -9,7 +9,7 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from sparsellm.stored import Stored, read_parameter
 
 INDEX = "model.safetensors.index.json"
 DTYPES = ("BF16", "F16", "F32")
+INTEGERS = ("I8", "U8", "I16", "U16", "I32", "U32")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 TOKENIZER_FILES = (
     "vocab.json",
@@ -86,8 +87,13 @@ def read_config(folder: Path, *, architecture: str) -> dict[str, Any]:
     return config
 
 
-def open_tensors(folder: Path, rename: Callable[[str], str]) -> dict[str, Any]:
+def open_tensors(folder: Path, rename: Callable[[str], str], *, dtypes: Collection[str] = DTYPES) -> dict[str, Any]:
     """Every tensor of a folder, unread: slices of memory-mapped files, by their renamed names.
+
+    Args:
+        folder: where they are.
+        rename: gives a tensor's name by that in the file.
+        dtypes: those that a tensor may have.
 
     Raises:
         FileNotFoundError: no safetensors, or a shard that the index names is missing.
@@ -103,8 +109,8 @@ def open_tensors(folder: Path, rename: Callable[[str], str]) -> dict[str, Any]:
             raise ValueError(f"{path} is truncated or damaged ({error}): download or copy it again") from error
         for name in file.keys():  # noqa: SIM118 (not a mapping)
             tensor = file.get_slice(name)
-            if tensor.get_dtype() not in DTYPES:
-                raise ValueError(f"dtype of a tensor must be one of {DTYPES}; {name} in {path} is {tensor.get_dtype()}")
+            if tensor.get_dtype() not in dtypes:
+                raise ValueError(f"dtype of a tensor must be one of {dtypes}; {name} in {path} is {tensor.get_dtype()}")
             if rename(name) in tensors:
                 raise ValueError(f"a tensor must be stored once; {folder} holds {rename(name)} twice")
             tensors[rename(name)] = tensor

@@ -48,18 +48,18 @@ class Packing:
         """That of sequences of these lengths, one after another.
 
         Args:
-            lengths: tokens of each sequence, known to the host.
+            lengths: tokens of each sequence, known to the host; 0 for a row of the padded batch that has none.
             size: of the packed axis; None for the next of four sizes an octave, multiples of 128.
             length: columns of the padded batch; None for the next of four sizes an octave, multiples of 8.
 
         Raises:
-            ValueError: there is no sequence, one is empty, or they do not fit into `size` or `length`.
+            ValueError: there is no token, or they do not fit into `size` or `length`.
         """
         counts = np.asarray(lengths)
         if not counts.size:
             raise ValueError("lengths must name at least one sequence; got none")
-        if counts.min() < 1:
-            raise ValueError(f"a sequence must hold at least one token; sequence {counts.argmin()} is empty")
+        if counts.min() < 0 or not counts.any():
+            raise ValueError(f"lengths must be at least 0, and one of them more; got {counts.tolist()}")
         total, longest = int(counts.sum()), int(counts.max())
         size = bucket(total, PACKED_MULTIPLE) if size is None else size
         length = bucket(longest, LENGTH_MULTIPLE) if length is None else length
@@ -82,6 +82,11 @@ class Packing:
     def size(self) -> int:
         """Tokens that the packed axis has room for."""
         return self.segment_ids.shape[0]
+
+    @property
+    def last(self) -> Int32[Array, " batch"]:
+        """Where on the packed axis the last token of each sequence is; means nothing for a sequence without tokens."""
+        return jnp.cumsum(self.lengths, dtype=jnp.int32) - 1
 
     @property
     def mask(self) -> Bool[Array, "1 packed"]:
@@ -132,6 +137,9 @@ def pack(
         ValueError: there is no sequence, one is empty or no list of integers, or they do not fit.
     """
     arrays = [np.asarray(sequence) for sequence in sequences]
+    for i, array in enumerate(arrays):
+        if not array.size:
+            raise ValueError(f"a sequence must hold at least one token; sequence {i} is empty")
     packing = Packing.of([array.size for array in arrays], size=size, length=length)
     for i, array in enumerate(arrays):
         if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):

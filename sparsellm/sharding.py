@@ -2,15 +2,25 @@
 
 A model names the axes of its parameters (`out_sharding=("embed", "ffn")` on an `nnx.Param`) and knows nothing of
 meshes. `Rules` say which mesh axis each name is cut along; what they leave out is kept whole on every device.
+
+XLA cuts the computation likewise, all but Pallas kernels, for which it would gather the weights on every device. Where
+a mesh is set (`with jax.set_mesh(mesh): model(tokens)`; `generate` and `serve` do it by themselves), models run these
+kernels under `shard_map` instead, each device on its own part: see `sum_over_shards`.
+
+On several hosts, each runs the same program: `jax.distributed.initialize()` first, then a mesh over `jax.devices()`,
+which are those of all hosts. Each host reads its own shards of a checkpoint, and what a program returns to Python (the
+tokens of a text, a loss) must be whole on every device, as it is here.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 from flax import nnx
 from flax.core.spmd import get_logical_axis_rules
+from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+from jaxtyping import Array
 
 type Rules = Mapping[str, str | tuple[str, ...] | None]
 
@@ -97,3 +107,34 @@ def create_model[M: nnx.Module](make: Callable[[], M], mesh: Mesh | None = None,
     names = {name for variable in variables for name in variable.get_metadata().get("out_sharding", ())}
     with jax.set_mesh(mesh), nnx.logical_axis_rules([(name, rules.get(name)) for name in names]):
         return make()
+
+
+def mesh_of(state: Any) -> Mesh | None:
+    """The mesh that arrays are spread over; None if they are not."""
+    shardings = (getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(state))
+    found = (s.mesh for s in shardings if isinstance(s, NamedSharding) and s.mesh.size > 1)
+    return next((mesh for mesh in found if isinstance(mesh, Mesh)), None)
+
+
+def sum_over_shards(
+    fn: Callable[..., Array], name: str, axes: Sequence[int | None], *arrays: Array, rules: Rules = TENSOR_PARALLEL
+) -> Array:
+    """fn(*arrays), a sum over an axis of arrays that are cut along it: each device sums up its part.
+
+    Where no mesh is set, or the rules do not cut this axis, it is `fn` of the whole arrays.
+
+    Args:
+        fn: gives, of the parts, the part of the sum.
+        name: of the axis: "ffn".
+        axes: which dimension of each array it is; None for an array that every device reads whole.
+        *arrays: what `fn` takes.
+        rules: mesh axis for each axis name.
+    """
+    mesh, axis = jax.sharding.get_abstract_mesh(), rules.get(name)
+    if not isinstance(axis, str) or axis not in mesh.axis_names or mesh.shape[axis] == 1:
+        return fn(*arrays)
+    specs = tuple(PartitionSpec() if i is None else PartitionSpec(*[None] * i, axis) for i in axes)
+    mapped = jax.shard_map(
+        lambda *parts: lax.psum(fn(*parts), axis), mesh=mesh, in_specs=specs, out_specs=PartitionSpec()
+    )
+    return mapped(*arrays)

@@ -14,8 +14,9 @@ import pytest
 from flax import nnx
 from jax.experimental import io_callback
 
-from sparsellm import generation
-from sparsellm.generation import generate, sample
+from sparsellm import decoding, generation
+from sparsellm.decoding import sample
+from sparsellm.generation import generate
 
 VOCAB = 11
 
@@ -36,10 +37,11 @@ class Markov(nnx.Module):
     def init_cache(self, batch, length):
         return jnp.zeros((batch, length), jnp.int32), jnp.int32(0)
 
-    def hidden_states(self, tokens, *, mask=None, cache: Any = None):
+    def hidden_states(self, tokens, *, mask=None, packing=None, cache: Any = None):
         slots, filled = cache
-        slots = jax.lax.dynamic_update_slice_in_dim(slots, tokens, filled, axis=1)
-        return tokens[..., None], (slots, filled + tokens.shape[1])
+        rows = tokens if packing is None else packing.unpack(tokens)
+        slots = jax.lax.dynamic_update_slice_in_dim(slots, rows, filled, axis=1)
+        return tokens[..., None], (slots, filled + rows.shape[1])
 
     def logits(self, hidden):
         return self.table[...][hidden[..., 0]]
@@ -79,8 +81,8 @@ def test_end_of_text_ends_each_row_and_is_left_out():
 
 def test_stops_early_when_all_rows_have_ended(monkeypatch):
     calls = []
-    decode = generation._decode
-    monkeypatch.setattr(generation, "_decode", lambda *args, **kwargs: calls.append(1) or decode(*args, **kwargs))
+    decode = decoding.decode
+    monkeypatch.setattr(decoding, "decode", lambda *args, **kwargs: calls.append(1) or decode(*args, **kwargs))
     assert generate(COUNTER, [[3], [5]], max_new_tokens=90, eos_id=9) == [[4, 5, 6, 7, 8], [6, 7, 8]]
     assert len(calls) == 1  # of three chunks
 
@@ -117,9 +119,9 @@ def test_streams_each_token_before_the_next_is_computed():
     log = []
 
     class Logged(Markov):
-        def hidden_states(self, tokens, *, mask=None, cache: Any = None):
+        def hidden_states(self, tokens, *, mask=None, packing=None, cache: Any = None):
             tokens = io_callback(lambda x: log.append("step") or x, tokens, tokens)
-            return super().hidden_states(tokens, mask=mask, cache=cache)
+            return super().hidden_states(tokens, mask=mask, packing=packing, cache=cache)
 
     model = Logged(COUNTER.table[...])
     generate(model, [[3]], max_new_tokens=20, eos_id=-1, stream=lambda row, token: log.append(token))
@@ -128,14 +130,14 @@ def test_streams_each_token_before_the_next_is_computed():
 
 def test_streaming_runs_the_same_chunks(monkeypatch):
     """Of up to 32 steps; the loop calls the host where there is somebody to call, and otherwise not at all."""
-    decode, steps, programs = generation._decode, [], []
+    decode, steps, programs = decoding.decode, [], []
 
     def spy(*args, **options):
         steps.append(options["steps"])
         programs.append(decode.lower(*args, **options).as_text())
         return decode(*args, **options)
 
-    monkeypatch.setattr(generation, "_decode", spy)
+    monkeypatch.setattr(decoding, "decode", spy)
     generate(COUNTER, [[3]], max_new_tokens=65, eos_id=-1)
     generate(COUNTER, [[3]], max_new_tokens=65, eos_id=-1, stream=lambda row, token: None)
     assert steps == [32] * 4
@@ -183,7 +185,7 @@ def test_an_error_in_the_callback_comes_through(error, taken):
     got = []
     generate(COUNTER, [[3]], max_new_tokens=70, eos_id=-1, stream=lambda row, token: got.append(token))
     assert got == numbers(4, 70)
-    assert not generation._READERS
+    assert not decoding._READERS
 
 
 def test_an_interrupt_inside_jax_stays_an_interrupt(monkeypatch):
@@ -193,7 +195,7 @@ def test_an_interrupt_inside_jax_stays_an_interrupt(monkeypatch):
         def get(self, *_):
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(generation, "_READERS", Interrupted())
+    monkeypatch.setattr(decoding, "_READERS", Interrupted())
     with pytest.raises(KeyboardInterrupt):
         generate(COUNTER, [[3]], max_new_tokens=6, stream=lambda row, token: None)
 
@@ -262,7 +264,7 @@ def test_streams_from_a_gpu():
 
 def test_new_prompts_compile_nothing():
     def compiled():
-        return tuple(getattr(f, "_cache_size")() for f in (generation._prefill, generation._decode))  # noqa: B009
+        return tuple(getattr(f, "_cache_size")() for f in (decoding.prefill, decoding.decode))  # noqa: B009
 
     key = jax.random.key(0)
     generate(RANDOM, [[3], [5, 6]], max_new_tokens=40, temperature=1.0, top_k=3, top_p=0.9, key=key)

@@ -11,7 +11,8 @@ from flax import nnx
 
 from models import Mixtral, MixtralConfig, load_mixtral, save_hf, save_mixtral
 from models.mixtral import rotate
-from sparsellm.generation import LanguageModel, generate
+from sparsellm.decoding import LanguageModel
+from sparsellm.generation import generate
 from sparsellm.mixture_of_experts import load_balance_loss, z_loss
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -1,7 +1,9 @@
 import dataclasses
+import math
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -11,6 +13,7 @@ import pytest
 from flax import nnx
 
 from models import OPT, PRESETS, OPTConfig
+from models.opt import DecoderLayer
 from pallas_kernels import micro_tile_index
 from sparsellm.sharding import create_model
 
@@ -148,10 +151,85 @@ def test_captured_activations(batch):
     assert (np.asarray(counts > 0) == np.asarray(mask).ravel()).all()
 
 
+BLOCKS: dict[str, tuple[dict, Callable]] = {  # choices -> h of the two products, in numpy
+    "gelu": ({"activation": "gelu"}, lambda g, u: g * (1 + np.vectorize(math.erf)(g / 2**0.5)) / 2),
+    "silu": ({"activation": "silu"}, lambda g, u: g / (1 + np.exp(-g))),
+    "swiglu": ({"activation": "silu", "gated": True}, lambda g, u: g / (1 + np.exp(-g)) * u),
+    "shifted relu": ({"activation": "shifted_relu"}, lambda g, u: np.maximum(g - 1, 0)),
+    "fatrelu": ({"thresholds": (0.7,)}, lambda g, u: np.where(g > 0.7, g, 0)),
+    "gated fatrelu": ({"thresholds": (0.7,), "gated": True}, lambda g, u: np.where(g > 0.7, g, 0) * u),
+    "drelu": ({"activation": "drelu", "gated": True}, lambda g, u: np.maximum(g, 0) * np.maximum(u, 0)),
+}
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_feed_forward_by_its_formula(block):
+    """In float64 numpy; dense and, where it has zeros, sparse, with its gradient; padding is zero and live nowhere."""
+    choices, formula = BLOCKS[block]
+    config = dataclasses.replace(TINY, d_model=12, d_ff=19, **choices)
+    rng = np.random.default_rng(1)
+    x, mask = rng.normal(size=(2, 5, 12)).astype(np.float32), np.arange(10).reshape(2, 5) % 4 != 3
+    x[0, 0] = 0  # biases alone
+    results = []
+    for rows in (None, 8) if choices.get("activation") not in ("gelu", "silu") else (None,):
+        layer = make(dataclasses.replace(config, sparse_rows=rows)).layers[0]
+        graphdef, state = nnx.split(layer)
+
+        @jax.jit
+        def block_and_gradient(state, graphdef=graphdef):
+            def loss(state):
+                out, captured = nnx.capture(DecoderLayer.feed_forward, nnx.Intermediate)(
+                    nnx.merge(graphdef, state), jnp.asarray(x), jnp.asarray(mask), jnp.asarray(x)
+                )
+                return jnp.sum(jnp.sin(out)), (out, captured["ffn_activation"][0])
+
+            (_, found), gradient = jax.value_and_grad(loss, has_aux=True)(state)
+            return *found, gradient
+
+        results.append((layer, *block_and_gradient(state)))
+    layer, out, h, dense_gradient = results[0]
+    wide = lambda linear: (np.asarray(linear.kernel[...], np.float64), np.asarray(linear.bias[...], np.float64))  # noqa: E731
+    gate, up, down = (wide(getattr(layer, n)) if hasattr(layer, n) else None for n in ("fc1", "fc1_up", "fc2"))
+    assert gate and down and (up is not None) == config.gated
+    g = x.astype(np.float64) @ gate[0] + gate[1]
+    u = 0.0 if up is None else x.astype(np.float64) @ up[0] + up[1]
+    expected = np.where(mask[..., None], formula(g, u), 0)
+    for _, out, h, gradient in results:
+        np.testing.assert_allclose(h, expected.reshape(10, 19), atol=1e-5)
+        np.testing.assert_array_equal(np.asarray(h) == 0, (expected == 0).reshape(10, 19))
+        np.testing.assert_allclose(out, expected @ down[0] + down[1], atol=1e-4)
+        for a, b in zip(jax.tree.leaves(gradient), jax.tree.leaves(dense_gradient), strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-4)
+            assert np.isfinite(a).all()
+
+
+def test_relu_after_the_norms():
+    """Stage 2: only what is positive reaches attention and the feed-forward block; the last norm stays as it is."""
+    config = dataclasses.replace(TINY, norm_relu=True)
+    model, plain = make(config), make(TINY)
+    x = jax.random.normal(jax.random.key(3), (1, 5, TINY.d_model))
+    layer = plain.layers[0]
+    norms = {name: np.maximum(getattr(layer, name)(x), 0) for name in ("self_attn_layer_norm", "final_layer_norm")}
+    for name, expected in norms.items():
+        np.testing.assert_array_equal(getattr(model.layers[0], name)(x), expected)
+    np.testing.assert_array_equal(model.final_layer_norm(x), plain.final_layer_norm(x))
+    assert (np.asarray(model.final_layer_norm(x)) < 0).any()
+    _, captured = nnx.capture(model.layers[0].final_layer_norm, nnx.Intermediate)(x)
+    np.testing.assert_array_equal(captured["norm_activation"][0], norms["final_layer_norm"])
+
+
+def test_nan_is_not_cut_off():
+    """A threshold compares; NaN is not below it."""
+    x = jnp.zeros((1, 2, TINY.d_model)).at[0, 1].set(jnp.nan)
+    for rows in (None, 1):
+        layer = make(dataclasses.replace(TINY, thresholds=(0.5,), sparse_rows=rows)).layers[0]
+        out = jax.jit(lambda layer: layer.feed_forward(x, jnp.ones((1, 2), bool), x))(layer)
+        assert np.isnan(out[0, 1]).all() and np.isfinite(out[0, 0]).all()
+
+
 def test_cache_gives_the_same_logits(model, batch):
     """Five tokens, then one and one, against all seven at once."""
     tokens, mask = batch
-    mask = mask.at[2].set(True)  # padding on the right is only for models without a cache
     graphdef, state = nnx.split(model)
     advance = jax.jit(lambda state, *args, cache: nnx.merge(graphdef, state)(args[0], mask=args[1], cache=cache))
     cache, parts = model.init_cache(4, 9), []
@@ -160,7 +238,7 @@ def test_cache_gives_the_same_logits(model, batch):
         parts.append(logits)
     full = np.asarray(run(graphdef, state, tokens, mask))
     np.testing.assert_allclose(np.concatenate(parts, axis=1)[mask], full[mask], atol=2e-5)
-    assert int(cache.filled) == 7
+    assert cache.filled.tolist() == mask.sum(axis=1).tolist()
 
 
 def test_initialisation_follows_the_paper():
@@ -240,11 +318,18 @@ def test_sharded_over_four_devices(tmp_path):
         ({"layers": 0}, "layers must be an integer of at least 1; got layers=0"),
         ({"d_ff": "96"}, "d_ff must be an integer of at least 1; got d_ff='96'"),
         ({"embed_dim": -3}, "embed_dim must be an integer of at least 1; got embed_dim=-3"),
-        ({"activation": "tanh"}, "activation must be one of relu, gelu, silu; got 'tanh'"),
+        ({"activation": "tanh"}, "activation must be one of relu, gelu, silu, shifted_relu, drelu; got 'tanh'"),
+        ({"activation": "drelu"}, "'drelu' .* needs gated=True"),
+        ({"norm_relu": True, "pre_norm": False}, "norm_relu .* needs pre_norm=True"),
+        ({"thresholds": (0.1,), "activation": "shifted_relu"}, "need activation 'relu'; got 'shifted_relu'"),
+        ({"thresholds": (0.1, 0.2)}, r"thresholds must be 1 finite numbers .*; got thresholds=\(0.1, 0.2\)"),
+        ({"thresholds": (-0.1,)}, r"thresholds must be 1 finite numbers of at least 0, one a layer; got"),
+        ({"thresholds": (float("nan"),)}, "thresholds must be 1 finite numbers"),
         ({"dtype": "float13"}, "dtype must be one of bfloat16, float16, float32; got 'float13'"),
         ({"param_dtype": "int8"}, "param_dtype must be one of"),
         ({"sparse_rows": 7}, "sparse_rows must be None or one of"),
-        ({"sparse_rows": 8, "activation": "gelu"}, "sparse_rows needs exact zeros"),
+        ({"sparse_rows": 8, "activation": "gelu"}, "sparse_rows needs exact zeros, so activation relu, .*; got 'gelu'"),
+        ({"sparse_rows": 8, "activation": "silu", "gated": True}, "sparse_rows needs exact zeros"),
     ],
 )
 def test_wrong_configurations(unchecked, changes, message):

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from models import OPT, OPTConfig, attention, load_mixtral, load_opt, load_switch
 from models.attention import attend, place_tokens
+from sparsellm.objectives import next_token_loss
 from sparsellm.packing import Packing, bucket, pack, padding_share
-from sparsellm.training import next_token_loss
 
 GOLDEN = Path(__file__).parent / "golden"
 LENGTHS = [3, 16, 1, 7]  # of a bucket of 16
@@ -93,6 +93,19 @@ def test_tokens_of_sequences():
     assert (packing.batch, packing.size, packing.length, packing.lengths.tolist()) == (3, 128, 8, [3, 1, 2])
 
 
+def test_rows_without_tokens():
+    """Are rows of the padded batch all the same."""
+    packing = Packing.of([0, 2, 0, 1], size=4, length=2)
+    assert packing.segment_ids.tolist() == [1, 1, 3, -1] and packing.positions.tolist() == [0, 1, 0, 0]
+    padded = packing.unpack(jnp.array([[5, 6, 7, 8]]))
+    assert padded.tolist() == [[0, 0], [5, 6], [0, 0], [7, 0]]
+    assert packing.pack(padded).tolist() == [[5, 6, 7, 0]]
+    assert packing.last[jnp.array([1, 3])].tolist() == [1, 2]
+    for lengths in ([0, 0], [3, -1]):
+        with pytest.raises(ValueError, match=r"lengths must be at least 0, and one of them more; got \["):
+            Packing.of(lengths)
+
+
 def test_four_sizes_an_octave():
     sizes = sorted({bucket(count, 128) for count in range(1, 4097)})
     assert sizes == [128, 256, 384, 512, 640, 768, 896, 1024, 1280, 1536, 1792, 2048, 2560, 3072, 3584, 4096]
@@ -130,6 +143,9 @@ def test_what_is_not_packed_like_this(unchecked):
         place_tokens(jnp.ones((2, 8), jnp.int32), packing=packing)
     with pytest.raises(ValueError, match="at most one of mask and packing must be given; got both"):
         place_tokens(jnp.ones((1, 128), jnp.int32), jnp.ones((1, 128), bool), packing)
+    cache = attention.KVCache.empty(3, 8, layers=1, heads=1, head_dim=1, dtype="float32")
+    with pytest.raises(ValueError, match="there must be a sequence for each of the cache's 3 rows; got 2"):
+        place_tokens(jnp.ones((1, 128), jnp.int32), packing=packing, cache=cache)
 
 
 # Attention.
@@ -158,7 +174,8 @@ def random_qkv(size: int, heads: int, kv_heads: int, head_dim: int, dtype):
 
 def packed_attention(q, k, v, packing: Packing, window: int | None = None):
     places = place_tokens(jnp.zeros(packing.mask.shape, jnp.int32), packing=packing, window=window)
-    return attend(q, *attention.write_slots(None, k, v, places), places)
+    (k, v), _ = attention.write_slots(None, k, v, places)
+    return attend(q, k, v, places)
 
 
 attend_jitted = jax.jit(packed_attention, static_argnames="window")
@@ -338,9 +355,10 @@ def test_packed_prefill_and_then_one_token_each(tiny, sequences):
     @jax.jit
     def both(model, tokens, new):
         prefill, cache = model(tokens, packing=packing, cache=model.init_cache(4, packing.length + 1))
-        return prefill, model(new, cache=cache)[0]
+        return prefill, *model(new, cache=cache)
 
-    prefill, last = both(model, tokens, new)
+    prefill, last, cache = both(model, tokens, new)
+    assert cache.filled.tolist() == [length + 1 for length in LENGTHS]
     whole = Packing.of([len(sequence) for sequence in sequences])
     padded, _ = run(model, whole.unpack(pack(sequences)[0]), mask=whole.padded_mask)
     start = 0

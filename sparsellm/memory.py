@@ -1,0 +1,99 @@
+"""What generation takes of a device's memory, from shapes alone: said before anything is compiled."""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes of one device, and what they are for.
+
+    Attributes:
+        rows: sequences at once.
+        slots: of the cache, for each row.
+        parameters: the model's.
+        cache: keys and values of all slots.
+        activations: about what the widest layer and the logits hold at once.
+    """
+
+    rows: int
+    slots: int
+    parameters: int
+    cache: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.parameters + self.cache + self.activations
+
+    def check(self) -> None:
+        """Raises ValueError where the device has not as much; does nothing where it does not say what it has."""
+        has = capacity()
+        if has is not None and self.total > has:
+            raise ValueError(self._sentence(has))
+
+    @contextmanager
+    def explaining(self) -> Iterator[None]:
+        """Turns XLA's out of memory into a RuntimeError that says how much was needed, and what would fit."""
+        try:
+            yield
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            raise RuntimeError(f"out of memory: {self._sentence(capacity())}") from error
+
+    def _sentence(self, has: int | None) -> str:
+        parts = {"parameters": self.parameters, "cache": self.cache, "activations": self.activations}
+        needed = ", ".join(f"{name} {bytes / GIB:.2f}" for name, bytes in parts.items())
+        said = f"{self.rows} rows of {self.slots} slots need about {self.total / GIB:.2f} GiB of a device ({needed})"
+        if has is None:
+            return said
+        room = has - self.parameters - self.activations
+        slots = max(room, 0) * self.rows * self.slots // max(self.cache, 1)
+        fits = f"{slots // self.slots} rows of {self.slots} slots, or {self.rows} rows of {slots // self.rows}"
+        return (
+            f"{said}; it has {has / GIB:.2f}: {fits if slots >= self.rows else 'no cache beside the model'} would fit"
+        )
+
+
+def estimate(model: Any, *, rows: int, slots: int, tokens: int) -> Memory:
+    """The memory that a model takes with a cache of so many rows and slots.
+
+    Args:
+        model: an `nnx.Module` with `init_cache`; cut over several devices it takes its part of each, and so its cache.
+        rows: sequences at once.
+        slots: of the cache, for each row.
+        tokens: that are read at once, padding included.
+    """
+    arrays = [array for array in jax.tree.leaves(nnx.state(model)) if isinstance(array, jax.Array)]
+    devices = max((len(array.sharding.device_set) for array in arrays), default=1)
+    parameters = sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in arrays)
+    cache = jax.eval_shape(lambda: model.init_cache(rows, slots))
+    vocab = model.config.vocab_size
+    params = jax.tree.leaves(nnx.state(model, nnx.Param))  # compressed weights have no width, but their biases do
+    widest = max((size for a in params for size in a.shape if size != vocab), default=1)
+    itemsize = np.dtype(getattr(model.config, "dtype", "float32")).itemsize
+    return Memory(
+        rows=rows,
+        slots=slots,
+        parameters=parameters,
+        cache=sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache)) // devices,
+        # Two of the feed-forward block's width are as much as attention's queries, keys, values and output.
+        activations=2 * tokens * widest * itemsize // devices + 2 * rows * vocab * 4,
+    )
+
+
+def capacity() -> int | None:
+    """Bytes that JAX may use of the smallest device; None where they do not say."""
+    stats = [device.memory_stats() for device in jax.local_devices()]
+    return min((int(s["bytes_limit"]) for s in stats if s and "bytes_limit" in s), default=None)
