@@ -1,0 +1,85 @@
+"""Compressed layers on their way to disk and back: what config.json says of them, and the checks of what is read."""
+
+import operator
+from collections.abc import Iterator
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+
+from pallas_kernels.unstructured_matmul import UnstructuredWeights
+from sparsellm.unstructured.linear import PARTS, UnstructuredLinear
+from sparsellm.unstructured.rules import Row, linears, replace
+
+
+def layouts(model: nnx.Module) -> dict[str, Row]:
+    """What `with_layouts` needs to know of each compressed layer, by its path, as JSON.
+
+    Raises:
+        ValueError: a layer is cut over devices, whose parts fit no other number of them.
+    """
+    found = {}
+    for name, layer in compressed_layers(model):
+        if layer.cut is not None:
+            rule = "a model over several devices must be saved before it is compressed"
+            raise ValueError(f"{rule}; got {name} cut over {layer.cut.parts}")
+        arrays = {key: [part.dtype.name, list(part.shape)] for key, part in layer.named_parts().items()}
+        found[name] = {"shape": list(layer.weights.shape), "dtype": layer.dtype.name, "arrays": arrays}
+    return found
+
+
+def with_layouts[M: nnx.Module](model: M, found: dict[str, Row], where: Any) -> M:
+    """Puts an empty compressed layer, to be filled, in place of each linear layer that `layouts` has described.
+
+    Args:
+        model: is changed in place; traced, so that no empty layer is allocated.
+        found: what `layouts` returned.
+        where: they came from, for messages.
+
+    Raises:
+        ValueError: they are not those of this model, or damaged.
+    """
+    known = dict(linears(model))
+    for name, layout in found.items():
+        if name not in known:
+            raise ValueError(f"compressed layers in {where} must be linear layers of the model; got {name}")
+        linear, weights = known[name], _empty_weights(layout, f"layout of compressed layer {name} in {where}")
+        if tuple(weights.shape) != (linear.out_features, linear.in_features):
+            wanted = (linear.out_features, linear.in_features)
+            raise ValueError(f"compressed layer {name} in {where} must be of shape {wanted}; got {weights.shape}")
+        if weights.dtype != linear.dtype:
+            rule = f"compressed weights stay in the dtype they were saved in: load {where} with dtype={weights.dtype}"
+            raise ValueError(f"{rule}; got {linear.dtype}")
+        replace(model, name, UnstructuredLinear(weights, linear.bias))
+    return model
+
+
+def _empty_weights(layout: Any, what: str) -> UnstructuredWeights:
+    try:
+        rows, columns = map(operator.index, layout["shape"])
+        arrays: dict[str, Any] = dict.fromkeys(PARTS)
+        arrays |= {key: jnp.zeros(shape, dtype) for key, (dtype, shape) in layout["arrays"].items()}
+        return UnstructuredWeights(**arrays, shape=(rows, columns), dtype=jnp.dtype(layout["dtype"]))
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise ValueError(f"the {what} is damaged: {error!r}") from error
+
+
+def check_layers(model: nnx.Module, where: Any) -> None:
+    """Raises ValueError unless counts, offsets and sizes of every compressed layer fit: no kernel looks at that.
+
+    Args:
+        model: its arrays are read.
+        where: it came from, for the message.
+    """
+    for name, layer in compressed_layers(model):
+        try:
+            layer.weights.check()
+        except ValueError as error:
+            raise ValueError(f"compressed layer {name} in {where} is damaged: {error}") from error
+
+
+def compressed_layers(model: nnx.Module) -> Iterator[tuple[str, UnstructuredLinear]]:
+    """Those of a model, by their paths."""
+    for path, module in list(nnx.iter_modules(model)):
+        if isinstance(module, UnstructuredLinear):
+            yield ".".join(map(str, path)), module

@@ -1,0 +1,424 @@
+"""Compressed linear layers in models: sparsellm/unstructured.py, and their way to disk and back."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import weakref
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import load_file, save_file
+
+from models import OPT, Mixtral, MixtralConfig, OPTConfig, load_mixtral, load_opt, save_hf, save_mixtral, save_opt
+from sparsellm.generation import generate
+from sparsellm.pruning import METHODS, prune
+from sparsellm.unstructured import Treatment, UnstructuredLinear, check_layers, compress, compressed_layers
+
+ROOT = Path(__file__).parents[1]
+OPT_TINY = OPTConfig(vocab_size=61, layers=2, d_model=24, heads=2, d_ff=24, max_length=64, init_std=0.3)
+MIXTRAL_TINY = MixtralConfig(
+    vocab_size=61, layers=2, d_model=24, heads=2, kv_heads=2, d_ff=16, experts=2, max_length=64, init_std=0.3
+)
+TOKENS = np.random.default_rng(0).integers(0, 61, (4, 12)).astype(np.int32)
+LINEARS = [f"layers.{i}.{name}" for i in range(2)
+           for name in ("fc1", "fc2", *(f"self_attn.{x}_proj" for x in ("k", "out", "q", "v")))]  # fmt: skip
+
+
+def make(config: OPTConfig | MixtralConfig) -> Any:
+    rng = np.random.default_rng(0)
+    model: Any = OPT if isinstance(config, OPTConfig) else Mixtral
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: model(config, rngs=nnx.Rngs(0))))
+    return nnx.merge(graphdef, jax.tree.map(lambda x: jnp.asarray(0.3 * rng.normal(size=x.shape), x.dtype), state))
+
+
+def zero_some(model: Any, density: float = 0.4) -> Any:
+    """Random masks, without calibration."""
+    rng = np.random.default_rng(1)
+    for _, module in nnx.iter_modules(model):
+        if type(module) is nnx.Linear:
+            kernel = module.kernel[...]
+            module.kernel[...] = jnp.where(rng.random(kernel.shape) < density, kernel, 0)
+    return model
+
+
+def outputs(model: Any) -> np.ndarray:
+    return np.asarray(_outputs(*nnx.split(model), jnp.asarray(TOKENS)))
+
+
+@partial(jax.jit, static_argnums=0)
+def _outputs(graphdef, state, tokens):
+    return nnx.merge(graphdef, state)(tokens)
+
+
+def linear(w: np.ndarray, bias: bool = True, dtype: str = "float32") -> nnx.Linear:
+    layer = nnx.Linear(*w.shape, use_bias=bias, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0))
+    layer.kernel[...] = jnp.asarray(w, jnp.float32)
+    if layer.bias is not None:
+        layer.bias[...] = jnp.linspace(-1, 1, w.shape[1])
+    return layer
+
+
+@pytest.fixture(scope="module")
+def compressed() -> OPT:
+    return compress(zero_some(make(OPT_TINY)))
+
+
+# The layer
+
+
+@pytest.mark.parametrize("density", [0.0, 0.02, 0.5, 1.0])
+def test_the_layer_is_the_product(density):
+    shape, bias = (19, 33), density != 0.5
+    rng = np.random.default_rng(0)
+    w = rng.normal(size=shape).astype(np.float32) * (rng.random(shape) < density)
+    dense, x = linear(w, bias), rng.normal(size=(2, 3, shape[0])).astype(np.float32)
+    expected = x.astype(np.float64) @ w + (np.linspace(-1, 1, shape[1]) if bias else 0)
+    layer = UnstructuredLinear.from_linear(dense)
+    np.testing.assert_allclose(layer(jnp.asarray(x)), expected, atol=2e-5)
+    np.testing.assert_array_equal(layer.weights.to_dense(), w.T)
+    assert (layer.in_features, layer.out_features) == (dense.in_features, dense.out_features) == shape
+    assert layer(jnp.zeros((0, shape[0]))).shape == (0, shape[1])
+    assert layer(jnp.asarray(x[0, 0])).shape == shape[1:]
+
+
+def test_the_layer_computes_in_its_dtype():
+    w = np.random.default_rng(0).normal(size=(48, 32)) * (np.arange(32) % 3 == 0)
+    layer = UnstructuredLinear.from_linear(linear(w, dtype="bfloat16"))
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(5, 48)), jnp.float32)
+    y = layer(x)
+    rounded = [np.asarray(np.asarray(a, jnp.bfloat16), np.float64) for a in (x, w, np.linspace(-1, 1, 32))]
+    expected = rounded[0] @ rounded[1] + rounded[2]
+    assert y.dtype == layer.weights.dtype == jnp.bfloat16 and layer.bias is not None and layer.bias.dtype == jnp.float32
+    assert np.linalg.norm(np.asarray(y, np.float64) - expected) < 5e-3 * np.linalg.norm(expected)
+
+
+def test_nan_among_the_weights_is_kept():
+    w = np.zeros((16, 16))
+    w[3, 5] = np.nan
+    y = UnstructuredLinear.from_linear(linear(w))(jnp.ones((1, 16)))
+    assert np.isnan(y[0, 5]) and np.isfinite(np.delete(y[0], 5)).all()
+
+
+def test_code_that_multiplies_by_the_kernel_itself_is_told(compressed):
+    with pytest.raises(TypeError, match="a compressed layer has no dense kernel: call the layer"):
+        print(compressed.layers[0].fc1.kernel)
+
+
+# Rules
+
+
+def test_the_first_rule_that_fits_counts():
+    model, rows = zero_some(make(OPT_TINY)), []
+    kept = [model.layers[0].fc1, model.layers[1].fc1, model.layers[1].fc2]
+    compress(
+        model, [(r"^layers\.0\.fc1$", None), ("layers.0", Treatment()), ("k_proj", Treatment())], report=rows.append
+    )
+    assert kept == [model.layers[0].fc1, model.layers[1].fc1, model.layers[1].fc2]
+    expected = [name for name in LINEARS if name.startswith("layers.0") or "k_proj" in name]
+    assert [name for name, _ in compressed_layers(model)] == [row["layer"] for row in rows] == expected[1:]
+
+
+def test_what_is_too_dense_stays():
+    model, rows = zero_some(make(OPT_TINY), 0.4), []
+    model.layers[1].fc2.kernel[...] = jnp.ones((24, 24))
+    compress(model, report=rows.append)
+    by_name = {row["layer"]: row for row in rows}
+    assert sorted(by_name) == LINEARS
+    assert [name for name, _ in compressed_layers(model)] == [name for name in LINEARS if name != "layers.1.fc2"]
+    assert by_name["layers.1.fc2"] == {
+        "layer": "layers.1.fc2", "density": 1.0, "bytes": 4 * 576, "dense_bytes": 4 * 576
+    }  # fmt: skip
+    layer = model.layers[0].fc1
+    assert by_name["layers.0.fc1"]["bytes"] == sum(x.nbytes for x in jax.tree.leaves(layer.weights))
+    assert by_name["layers.0.fc1"]["density"] == np.count_nonzero(layer.weights.to_dense()) / 576
+
+
+def test_dense_kernels_are_freed_on_the_way():
+    model = zero_some(make(OPT_TINY))
+    kernels = [weakref.ref(layer.fc1.kernel[...]) for layer in model.layers]
+    alive = []
+    compress(model, report=lambda row: alive.append(sum(kernel() is not None for kernel in kernels)))
+    assert alive == [1] * 6 + [0] * 6  # the first layer that is compressed is layers.0.fc1
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        ("fc3", r"must be found in the path of some linear layer \(layers.0.fc1, .*\); got 'fc3'"),
+        ("[", "a rule must be a regular expression and a treatment or None; got"),
+        ("embed_tokens", "must be found in the path of some linear layer"),
+    ],
+)
+def test_rules_that_cannot_be(rule, message):
+    model = make(OPT_TINY)
+    with pytest.raises(ValueError, match=message):
+        compress(model, [("", Treatment(max_density=1.0)), (rule, Treatment())])
+    assert not list(compressed_layers(model))
+    with pytest.raises(ValueError, match="max_density must be 0 to 1; got max_density=1.5"):
+        Treatment(max_density=1.5)
+
+
+def test_heads_are_left_alone_and_so_are_layers_of_other_kinds():
+    model = zero_some(make(MIXTRAL_TINY))  # its output projection too
+    compress(model)
+    assert {name.split(".")[0] for name, _ in compressed_layers(model)} == {"layers"}
+    plain = nnx.Sequential(linear(np.eye(16)), nnx.relu, linear(np.eye(16), bias=False))
+    compress(plain)
+    assert len(list(compressed_layers(plain))) == 2
+    np.testing.assert_allclose(
+        plain(jnp.ones((2, 16))), np.maximum(1 + np.linspace(-1, 1, 16), 0)[None].repeat(2, 0), rtol=1e-6
+    )
+
+
+def test_experts_are_refused_by_name():
+    with pytest.raises(ValueError, match="experts stay dense.*for layers.0.block_sparse_moe.wi"):
+        compress(make(MIXTRAL_TINY), [("block_sparse_moe", Treatment())])
+
+
+def test_kernels_that_the_sparse_feed_forward_block_reads_are_refused():
+    model = zero_some(make(dataclasses.replace(OPT_TINY, sparse_rows=8)))
+    with pytest.raises(ValueError, match="with sparse_rows multiplies by its kernels itself.* got layers.0.fc1"):
+        compress(model)
+    compress(model, [("fc[12]$", None), ("", Treatment())])
+    assert len(list(compressed_layers(model))) == 8
+
+
+# Pruned models
+
+
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
+@pytest.mark.parametrize("config", [OPT_TINY, MIXTRAL_TINY], ids=["opt", "mixtral"])
+def test_a_pruned_model_gives_the_masked_model_s_logits(config, method):
+    model = make(dataclasses.replace(config, layers=1))
+    prune(model, METHODS[method], sparsity=0.6, windows=TOKENS, select="proj|fc")
+    masked = outputs(model)
+    compress(model)
+    layers = dict(compressed_layers(model))
+    assert len(layers) == (6 if isinstance(config, OPTConfig) else 4)
+    for layer in layers.values():
+        assert np.count_nonzero(layer.weights.to_dense()) == pytest.approx(0.4 * 576, abs=15)
+    np.testing.assert_allclose(outputs(model), masked, atol=1e-5 * np.abs(masked).max())
+    if (method, config) == ("wanda", OPT_TINY):  # it generates what its logits say
+        prompt = TOKENS[0, :8].tolist()
+        (text,) = generate(model, [prompt], max_new_tokens=4, eos_id=-1)
+        tokens = jnp.asarray([prompt + text] * len(TOKENS), jnp.int32)
+        assert np.argmax(_outputs(*nnx.split(model), tokens)[0, 7:-1], axis=-1).tolist() == text
+
+
+# On disk
+
+SAVE = {"orbax": {"opt": save_opt, "mixtral": save_mixtral}, "safetensors": {"opt": save_hf, "mixtral": save_hf}}
+
+
+@pytest.mark.parametrize("form", ["orbax", "safetensors"])
+@pytest.mark.parametrize("kind", ["opt", "mixtral"])
+def test_a_compressed_model_comes_back_to_the_bit(kind, form, tmp_path, compressed):
+    model = compressed if kind == "opt" else compress(zero_some(make(MIXTRAL_TINY)))
+    SAVE[form][kind](model, tmp_path / "a")
+    loaded = (load_opt if kind == "opt" else load_mixtral)(tmp_path / "a")
+    for (path, x), (_, y) in zip(*(nnx.to_flat_state(nnx.state(m)) for m in (model, loaded)), strict=True):
+        assert x[...].dtype == y[...].dtype, path
+        np.testing.assert_array_equal(x[...], y[...], err_msg=str(path))
+    for (name, x), (_, y) in zip(compressed_layers(model), compressed_layers(loaded), strict=True):
+        assert (x.shape, x.dtype, x.cut, *x.named_parts()) == (y.shape, y.dtype, y.cut, *y.named_parts()), name
+    SAVE[form][kind](loaded, tmp_path / "a", overwrite=True)
+
+
+def test_bfloat16_and_an_empty_layer_come_back(tmp_path):
+    model = zero_some(make(dataclasses.replace(OPT_TINY, layers=1, dtype="bfloat16", param_dtype="bfloat16")))
+    model.layers[0].fc1.kernel[...] = jnp.zeros((24, 24), jnp.bfloat16)
+    compress(model)
+    save_opt(model, tmp_path / "a")
+    loaded = load_opt(tmp_path / "a")
+    for (name, x), (_, y) in zip(compressed_layers(model), compressed_layers(loaded), strict=True):
+        np.testing.assert_array_equal(x.weights.to_dense(), y.weights.to_dense(), err_msg=name)
+    mesh = jax.make_mesh((1,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
+    with pytest.raises(ValueError, match="a compressed model is loaded onto one device; got .* and a mesh"):
+        load_opt(tmp_path / "a", mesh=mesh)
+    with pytest.raises(ValueError, match="stay in the dtype they were saved in: .* dtype=bfloat16; got float32"):
+        load_opt(tmp_path / "a", dtype="float32")
+
+
+def weights_of_k_proj(model: OPT) -> Any:
+    return dict(compressed_layers(model))["layers.0.self_attn.k_proj"].weights
+
+
+@pytest.mark.parametrize("value_dtype", ["int8", "float8_e4m3fn"])
+def test_eight_bits_come_back(value_dtype, tmp_path):
+    model = zero_some(make(dataclasses.replace(OPT_TINY, layers=1)))
+    compress(model, [("k_proj", Treatment(value_dtype=value_dtype))])
+    save_opt(model, tmp_path / "a")
+    before, after = (weights_of_k_proj(m) for m in (model, load_opt(tmp_path / "a")))
+    assert after.values.dtype == value_dtype and after.dtype == jnp.float32
+    jax.tree.map(np.testing.assert_array_equal, before, after)
+    if value_dtype == "int8":
+        save_hf(model, tmp_path / "b")
+        jax.tree.map(np.testing.assert_array_equal, before, weights_of_k_proj(load_opt(tmp_path / "b")))
+    else:
+        with pytest.raises(ValueError, match=r"float8 are kept in native checkpoints only; got layers.0.*k_proj"):
+            save_hf(model, tmp_path / "b")
+        assert not (tmp_path / "b").exists()
+
+
+def test_transformers_is_not_led_to_believe_that_it_can_load_it(tmp_path, compressed):
+    save_hf(compressed, tmp_path / "a")
+    assert json.loads((tmp_path / "a" / "config.json").read_text())["model_type"] == "opt-unstructured"
+
+
+@pytest.fixture
+def saved(tmp_path, compressed) -> Path:
+    save_hf(compressed, tmp_path / "a")
+    return tmp_path / "a"
+
+
+def edit_layout(folder: Path, change) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    change(config["unstructured"]["layers.1.fc2"])
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("damage", [-1, 1 << 20, np.iinfo(np.int32).max])
+def test_counts_and_offsets_are_checked_before_a_kernel_reads_them(saved, damage):
+    tensors = load_file(saved / "model.safetensors")
+    prefix = "model.decoder.layers.1.fc2.parts."
+    kinds = {name: x for name, x in tensors.items() if name.startswith(prefix) and x.dtype.kind == "i"}
+    assert kinds
+    for name, array in kinds.items():
+        broken = array.copy()
+        broken.reshape(-1)[-1] = damage
+        save_file(tensors | {name: broken}, saved / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(ValueError, match=r"compressed layer layers.1.fc2 in .* is damaged: "):
+            load_opt(saved)
+
+
+def test_missing_and_shortened_arrays_are_named(saved):
+    tensors = load_file(saved / "model.safetensors")
+    name = "layers.1.fc2.parts.values"
+    values = tensors.pop("model.decoder." + name)
+    save_file(tensors, saved / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=rf"missing {name}"):
+        load_opt(saved)
+    short = tensors | {"model.decoder." + name: values[:1]}
+    save_file(short, saved / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=rf"misshapen {name}"):
+        load_opt(saved)
+    edit_layout(saved, lambda layout: layout["arrays"]["values"].__setitem__(1, [1, 64]))
+    with pytest.raises(ValueError, match=r"layers.1.fc2 in .* is damaged"):
+        load_opt(saved)
+
+
+def test_a_truncated_file_is_refused(saved):
+    path = saved / "model.safetensors"
+    os.truncate(path, path.stat().st_size - 100)
+    with pytest.raises(ValueError, match="truncated or damaged"):
+        load_opt(saved)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda layout: layout.pop("shape"),
+        lambda layout: layout.update(arrays=[]),
+        lambda layout: layout["arrays"].update(more=["int32", [3]]),
+        lambda layout: layout["arrays"].update(values=["floaty", [3]]),
+        lambda layout: layout["arrays"].update(values=["float32", [-3]]),
+        lambda layout: layout.update(shape="24x24"),
+    ],
+)
+def test_a_damaged_layout_is_named(saved, change):
+    edit_layout(saved, change)
+    with pytest.raises(ValueError, match=r"layers.1.fc2 in .* (is damaged|must be of shape)"):
+        load_opt(saved)
+
+
+def test_a_layout_of_another_model(saved):
+    config = json.loads((saved / "config.json").read_text())
+    layouts = config["unstructured"]
+    layouts["layers.1.fc2"]["shape"] = [24, 25]
+    (saved / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"layers.1.fc2 in .* must be of shape \(24, 24\); got \(24, 25\)"):
+        load_opt(saved)
+    layouts.clear()
+    layouts["layers.7.fc2"] = {}
+    (saved / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="must be linear layers of the model; got layers.7.fc2"):
+        load_opt(saved)
+
+
+def test_a_wrong_part_in_memory_is_found(compressed):
+    model = nnx.merge(*nnx.split(compressed))
+    check_layers(model, "memory")
+    array = model.layers[0].fc1.parts.values
+    array.set_value(array[...][:1])
+    with pytest.raises(ValueError, match="compressed layer layers.0.fc1 in memory is damaged"):
+        check_layers(model, "memory")
+
+
+# Over several devices
+
+SHARDED = """
+import jax, numpy as np
+from flax import nnx
+from models import OPT, OPTConfig, save_opt
+from sparsellm.generation import generate
+from sparsellm.sharding import abstract_model
+from sparsellm.unstructured import Treatment, compress, compressed_layers
+
+config = OPTConfig(vocab_size=64, layers=1, d_model=32, heads=4, d_ff=32, max_length=64, init_std=0.3)
+mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+make = lambda: OPT(config, rngs=nnx.Rngs(0))
+
+def masked(model):
+    rng = np.random.default_rng(0)
+    for _, module in list(nnx.iter_modules(model)):
+        if type(module) is nnx.Linear:
+            kernel = module.kernel[...]
+            mask = rng.random(kernel.shape) < 0.3 * np.linspace(0, 2, kernel.shape[1])  # some parts hold more
+            module.kernel[...] = jax.device_put(np.where(mask, kernel, 0), kernel.sharding)
+    return model
+
+dense = masked(make())
+graphdef, abstract = abstract_model(make, mesh)
+shardings = jax.tree.map(lambda x: x.sharding, abstract)
+model = nnx.merge(graphdef, jax.device_put(nnx.state(dense), shardings))
+compress(model, [("", Treatment(max_density=1.0))])
+cuts = {name.split(".")[-1]: layer.cut.dimension for name, layer in compressed_layers(model)}
+assert cuts == {"fc1": "out", "fc2": "in", "out_proj": "in", "q_proj": "out", "k_proj": "out", "v_proj": "out"}, cuts
+for name, layer in compressed_layers(model):
+    own = [x for x in (dense.layers[0], dense.layers[0].self_attn) if hasattr(x, name.split(".")[-1])]
+    kernel = getattr(own[0], name.split(".")[-1]).kernel[...]
+    np.testing.assert_array_equal(layer.to_dense(), kernel)
+    assert (layer.in_features, layer.out_features) == kernel.shape
+    for array in jax.tree.leaves(layer.weights):
+        assert array.addressable_shards[0].data.shape[0] == 1 and array.shape[0] == 4, array.sharding
+(text,) = generate(model, [[2, 3]], max_new_tokens=4, eos_id=-1)
+tokens = np.asarray([[2, 3, *text]] * 2, np.int32)
+expected, out = (nnx.jit(lambda model: model(tokens))(m) for m in (dense, model))
+np.testing.assert_allclose(out, expected, atol=1e-5 * np.abs(expected).max())
+assert np.argmax(expected[0, 1:-1], axis=-1).tolist() == text
+try:
+    save_opt(model, folder + "/a")
+except ValueError as error:
+    assert "must be saved before it is compressed; got layers.0.fc1 cut over 4" in str(error), error
+else:
+    raise AssertionError("saved")
+print("sharded")
+"""
+
+
+def test_each_of_eight_devices_multiplies_its_own_part(tmp_path):
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    script = f"folder = {str(tmp_path)!r}\n" + SHARDED
+    env = os.environ | flags | {"JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "sharded", done.stderr
+    assert not list(tmp_path.iterdir())
