@@ -1,0 +1,299 @@
+"""How many milliseconds does OPT take for a token when only the neurons that a predictor names are read?
+
+    python -m experiments opt_decode --profile opt_active_neurons.csv --keep          on a GPU
+    python -m experiments opt_decode --source CHECKPOINT --predictors FOLDER
+
+Timed is `sparsellm.decoding.decode`, the compiled loop that `generate` runs: wall-clock time of a chunk of steps, by
+the step. Dense and sparse run the same parameters; the predictor, a low-rank pair a layer that looks ahead, is part of
+the sparse loop, and so is making its answer a list. The bound is the time of a step's bytes: parameters (of listed
+neurons, where it is sparse), predictors and the cache. Every sparse row is checked: in one more step, what the
+feed-forward blocks give, against all neurons in float32 with those that are not listed set to zero.
+
+Without a checkpoint the weights are random, and fitted so that neurons fire as often as the profile says; predictors
+then name as many neurons as the profile, of a batch together, but not those that fire: "(synthetic)" stands in the
+model's name, and tokens are drawn evenly, so that a batch's differ as real ones do. Without a profile, 5% of the
+neurons fire for a token, and of a batch of B sqrt(B) times as many.
+
+The default, OPT-30B at batch 1 and 8, is meant to end within three minutes on an H200; never yet run there. Expected at
+batch 1: dense a little above the 14 ms of its bytes, sparse about half of that.
+"""
+
+import dataclasses
+import functools
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from experiments import decode_peers, opt
+from experiments.moe import remembered
+from experiments.runs import Row, Run, markdown_table
+from models import OPT, with_predictors
+from models.activations import ACTIVATIONS
+from models.attention import KVCache, Places, place_tokens
+from models.firing import Profile
+from models.opt_checkpoint import ARCHITECTURE
+from models.synthetic import fit_table, random_tokens, synthetic_predictors
+from pallas_kernels.neuron_ffn.config import MAX_BATCH
+from pallas_kernels.workbench.gpus import find_gpu
+from sparsellm.decoding import GREEDY, Rows, decode
+from sparsellm.predictors import LowRankPredictor, PredictorParam, load_predictors
+from sparsellm.pruning.walk import walk
+
+TOLERANCES = {"bfloat16": 2e-2, "float16": 5e-3, "float32": 1e-3}
+EVENLY = (np.float32(1e6), None, None)  # a temperature at which all tokens are about as likely
+FIT = ("model", "layer", "batch", "target", "reached")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Options of opt_decode.
+
+    Attributes:
+        sizes: published sizes, 125m to 175b, or tiny; made one after the other with random weights.
+        batches: sequences at once, up to 32.
+        source: a checkpoint's folder or hub id, in place of sizes.
+        predictors: of the checkpoint, as `save_predictors` leaves them.
+        profile: of random weights: a CSV file with the columns model, layer, batch, active_neurons, total_neurons.
+        rank: of random predictors.
+        dtype: of weights and activations.
+        context: slots of the cache besides those that are timed: attention reads all, whatever they hold.
+        steps: of a chunk.
+        repeats: timed chunks.
+        seed: of weights and tokens.
+        no_peers: leave out what needs torch.
+    """
+
+    sizes: tuple[str, ...] = ("30b",)
+    batches: tuple[int, ...] = (1, 8)
+    source: str | None = None
+    predictors: Path | None = None
+    profile: Path | None = None
+    rank: int = 1024
+    dtype: str = "bfloat16"
+    context: int = 128
+    steps: int = 32
+    repeats: int = 3
+    seed: int = 0
+    no_peers: bool = False
+
+    @classmethod
+    def smoke(cls) -> "Config":
+        """A tiny model."""
+        small = {"rank": 8, "dtype": "float32", "context": 8, "steps": 4, "repeats": 1}
+        return cls(sizes=("tiny",), batches=(1, 2), no_peers=True, **small)
+
+
+def run(config: Config, run: Run) -> list[Row]:
+    """A row dense and a row sparse for each model and batch; the fit of synthetic models is left as fit.md."""
+    rows = measure(config, run)
+    text, figures = readme({"rows": rows})
+    for name, content in figures.items():
+        run.write(name, content)
+    print(text)
+    return rows
+
+
+def measure(config: Config, run: Run) -> list[Row]:
+    """Times and checks every model; peers first, while nothing else is on the GPU.
+
+    Raises:
+        ValueError: an option is out of range.
+        RuntimeError: the logits of lists and of their simulation differ.
+    """
+    check(config)
+    sources = config.sizes if config.source is None else (config.source,)
+    of_peers = {}
+    for source in sources if config.source is None and not config.no_peers else ():
+        peer = functools.partial(measure_peers, config, source)
+        of_peers[source] = remembered(run, f"peers_{source}", peer)
+    rows = []
+    for number, source in enumerate(sources):
+        of_source: list[Row] = remembered(run, f"rows_{number}", functools.partial(measure_model, config, source, run))
+        for row in of_source:
+            found = of_peers.get(source, {})
+            row |= {f"transformers_{k}": found.get(f"{row['batch']}_{k}") for k in ("time_ms", "memory_gib") if found}
+        rows += of_source
+    return rows
+
+
+def check(config: Config) -> None:
+    """Raises ValueError for options that would fail only after a model is made."""
+    for name in ("rank", "context", "steps", "repeats"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name} must be at least 1; got {name}={getattr(config, name)}")
+    if not config.batches or not all(1 <= batch <= MAX_BATCH for batch in config.batches):
+        raise ValueError(f"batches must be 1 to {MAX_BATCH}, which share a list; got batches={config.batches}")
+    if config.dtype not in TOLERANCES:
+        raise ValueError(f"dtype must be one of {', '.join(TOLERANCES)}; got {config.dtype!r}")
+    if (config.source is None) != (config.predictors is None):
+        got = f"source={config.source}, predictors={config.predictors}"
+        raise ValueError(f"source and predictors go together: a checkpoint and what was trained for it; got {got}")
+    for size in config.sizes if config.source is None else ():
+        longest, steps = opt.config_of(size, config.dtype).max_length, config.steps * (config.repeats + 1)
+        if steps > longest:
+            raise ValueError(f"steps * (repeats + 1) must fit into {longest} positions of {size}; got {steps}")
+
+
+def measure_peers(config: Config, size: str) -> Row:
+    """What transformers takes, in a process whose memory is its own."""
+    fields = ARCHITECTURE.write_config(opt.config_of(size, config.dtype))
+    options = {"batches": sorted(config.batches), "context": config.context, "steps": config.steps}
+    job = decode_peers.Decoding(config=fields, dtype=config.dtype, repeats=config.repeats, **options)
+    return decode_peers.measure(job)
+
+
+def measure_model(config: Config, source: str, run: Run) -> list[Row]:
+    """Times and checks one model on every batch."""
+    key = jax.random.key(config.seed)
+    made = {"source": config.source, "profile": config.profile, "seed": config.seed}
+    model, weights = opt.make_model(source, config.dtype, neuron_major=True, **made)
+    if config.source is not None:
+        predictors, name = load_predictors(str(config.predictors), model), Path(source).name
+        of_batch = lambda batch: predictors  # noqa: E731
+    else:
+        profile, name = opt.read_profile(config.profile, model.config.d_ff), f"opt-{source} (synthetic)"
+        fit = [{"model": name, **row} for row in fit_table(model, profile, batches=(1, 8, 32), key=key)]
+        run.write(f"fit_{source}.md", markdown_table([[row[column] for column in FIT] for row in fit], FIT) + "\n")
+        of_batch = functools.partial(_predictors, model, profile, config.rank, key)
+    rows = []
+    for batch in config.batches:
+        rows += [{"weights": weights} | row for row in measure_batch(config, model, of_batch(batch), name, batch)]
+        print(f"{name}, batch {batch}: dense {rows[-2]['time_ms']} ms, sparse {rows[-1]['time_ms']} ms", flush=True)
+    return rows
+
+
+def _predictors(model: OPT, profile: Profile, rank: int, key: Array, batch: int) -> list[LowRankPredictor]:
+    return synthetic_predictors(model, profile, batch=batch, rank=rank, key=key)
+
+
+def measure_batch(config: Config, model: OPT, predictors: list[LowRankPredictor], name: str, batch: int) -> list[Row]:
+    """The rows of one batch, dense and sparse."""
+    sampling = GREEDY if config.source is not None else EVENLY
+    row: Row = {"model": name, "batch": batch, "dtype": config.dtype, "context": config.context}
+    time_ms, rows = time_decode(config, model, batch, sampling)
+    dense = row | {"variant": "dense", "time_ms": time_ms, **bound(model, rows, None)}
+    del rows
+    lists = with_predictors(model, predictors)
+    time_ms, rows = time_decode(config, lists, batch, sampling)
+    tokens = random_tokens(model.config, (batch, 1), jax.random.key(config.seed))
+    error, density = check_lists(lists, tokens, rows.cache)
+    if not error <= TOLERANCES[config.dtype]:
+        raise RuntimeError(f"{name}, batch {batch}: what lists give differs by {error:.1e} from what they should")
+    sparse = row | {"variant": "sparse", "time_ms": time_ms, **bound(lists, rows, density)}
+    sparse |= {"density": round(statistics.mean(density), 4), "error": error}
+    return [dense, sparse]
+
+
+def time_decode(config: Config, model: OPT, batch: int, sampling: tuple) -> tuple[float, Rows]:
+    """Milliseconds a step, the median over chunks; and the rows as they are after the last one."""
+    graphdef, state = nnx.split(model)
+    key = jax.random.key(config.seed)
+    slots = config.context + config.steps * (config.repeats + 1)
+    token = random_tokens(model.config, (batch, 1), key)[:, 0]
+    left = jnp.full(batch, slots, jnp.int32)  # no row ends
+    rows, times = Rows(token, left, jnp.int32(0), model.init_cache(batch, slots)), []
+    for _ in range(config.repeats + 1):  # the first one compiles
+        start = time.perf_counter()
+        rows, tokens = decode(graphdef, state, rows, key, sampling, np.int32(-1), None, steps=config.steps)
+        np.asarray(tokens)  # waits
+        times.append(1e3 * (time.perf_counter() - start) / config.steps)
+    return round(statistics.median(times[1:]), 3), rows
+
+
+def check_lists(model: OPT, tokens: Int[Array, "batch 1"], cache: KVCache) -> tuple[float, list[float]]:
+    """The relative RMS error of what all blocks give for one token a row, and the share of their neurons listed.
+
+    Layer by layer, so that one small program serves them all.
+    """
+    wrong, of_all, shares = 0.0, 0.0, []
+    first = next(walk(model, np.asarray(tokens), batch=len(tokens)))  # as if these tokens came first: embeddings
+    assert first.stream is not None  # there are tokens
+    x, places = first.stream[0], place_tokens(tokens, cache=cache)
+    for layer, *slots in zip(model.layers, cache.keys, cache.values, strict=True):
+        x, *found = _checked(*nnx.split(layer), x, places, tuple(slots))
+        wrong, of_all, shares = wrong + float(found[0]), of_all + float(found[1]), [*shares, float(found[2])]
+    return (wrong / of_all) ** 0.5 if of_all else wrong, shares
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _checked(graphdef, state, x: Float[Array, "batch 1 d_model"], places: Places, slots):
+    """A layer's output; of its block the squared error, the square of what is expected, and the share listed."""
+    layer: Any = nnx.merge(graphdef, state)
+    (x, _), captured = nnx.capture(layer, nnx.Intermediate)(x, places, slots)
+    found = {name: values[0] for name, values in captured.items() if name.startswith("ffn_")}
+    fires = found.get("ffn_predicted", jnp.ones((1, 1, layer.fc1.bias.shape[0]), bool))
+    weights = found["ffn_input"], layer.fc1.kernel, layer.fc1.bias, layer.fc2.kernel, layer.fc2.bias
+    y, w1, b1, w2, b2 = (jnp.asarray(a, jnp.float32) for a in weights)
+    h = jnp.where(fires, ACTIVATIONS[layer.config.activation](y @ w1 + b1[None, None]), 0)
+    expected = h @ w2 + b2[None, None]
+    wrong = jnp.sum((found["ffn_output"].astype(jnp.float32) - expected) ** 2)
+    return x, wrong, jnp.sum(expected**2), jnp.mean(fires, dtype=jnp.float32)
+
+
+def bound(model: OPT, rows: Rows, density: list[float] | None) -> Row:
+    """`bytes_gb` that a step has to read, and `bound_ms`, their time on this GPU; None for a device unknown."""
+    total = float(sum(x.nbytes for x in jax.tree.leaves(nnx.state(model, nnx.Any(nnx.Param, PredictorParam)))))
+    total -= model.embed_positions.embedding[...].nbytes  # of which a step reads a row
+    for i, share in enumerate(density or ()):
+        layer: Any = model.layers[i]
+        fc1 = layer.fc1.weight if model.config.neuron_major else layer.fc1.kernel
+        total -= (1 - share) * (fc1[...].nbytes + layer.fc2.kernel[...].nbytes)
+    total += sum(x.nbytes for x in (*rows.cache.keys, *rows.cache.values))
+    gpu = find_gpu(jax.devices()[0].device_kind)
+    return {
+        "bytes_gb": round(total / 1e9, 4),
+        "bound_ms": None if gpu is None else round(1e3 * total / gpu.bandwidth, 3),
+    }
+
+
+def readme(result: dict[str, Any]) -> tuple[str, dict[str, bytes]]:
+    """Milliseconds a token, dense and sparse, next to the bytes' bound and transformers; and a figure."""
+    from experiments import figures
+
+    rows = result["rows"]
+    sparse = {(row["model"], row["batch"]): row for row in rows if row["variant"] == "sparse"}
+    cells = []
+    for row in (row for row in rows if row["variant"] == "dense"):
+        other = sparse[row["model"], row["batch"]]
+        times = [_number(row.get("transformers_time_ms")), _number(row["time_ms"]), _number(row["bound_ms"])]
+        times += [_number(other["time_ms"]), _number(other["bound_ms"])]
+        quicker = f"{row['time_ms'] / other['time_ms']:.2f}x"
+        cells.append([row["model"], row["batch"], *times, quicker, f"{other['density']:.0%}", f"{other['error']:.0e}"])
+    header = ["model", "batch", "transformers (ms)", "dense (ms)", "its bound", "sparse (ms)", "its bound", "quicker"]
+    table = markdown_table(cells, [*header, "neurons read", "error"])
+    return table, {"opt_decode.png": figures.draw(lambda axes: _plot(axes, rows))}
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}"
+
+
+def _plot(axes, rows: list[Row]) -> None:
+    from experiments import figures
+
+    def line(of: Callable[[Row], bool], column: str, style: str, colour: str, label: str | None) -> None:
+        points = sorted((row["batch"], row[column]) for row in rows if of(row) and row.get(column) is not None)
+        if points:
+            axes.plot(*zip(*points, strict=True), style, color=colour, markersize=4, label=label)
+
+    for number, model in enumerate(dict.fromkeys(row["model"] for row in rows)):
+        for variant, colour in (("dense", figures.ORANGE), ("sparse", figures.BLUE)):
+            of = lambda row, m=model, v=variant: (row["model"], row["variant"]) == (m, v)  # noqa: E731
+            line(of, "time_ms", "os^D"[number % 4] + "-", colour, f"{model}, {variant}")
+            line(of, "bound_ms", ":", colour, None)
+        dense = lambda row, m=model: (row["model"], row["variant"]) == (m, "dense")  # noqa: E731
+        line(dense, "transformers_time_ms", "os^D"[number % 4] + "-", figures.PINK, f"{model}, transformers")
+    batches = sorted({row["batch"] for row in rows})
+    axes.set(title="Decoding (dotted: the bytes' time)", xlabel="batch", ylabel="ms a token", xscale="log")
+    axes.set_xticks(batches, [str(batch) for batch in batches])
+    axes.set_ylim(bottom=0)
+    axes.minorticks_off()
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))

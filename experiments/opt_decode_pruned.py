@@ -1,0 +1,329 @@
+"""How much quicker, and in how much less memory, does a pruned OPT decode?
+
+    python -m experiments opt_decode_pruned --keep                       OPT-30B at 70%, on a GPU, in 3 minutes
+    python -m experiments opt_decode_pruned --models 13b 30b 66b --sparsities 0 0.5 0.6 0.7 0.8 --batches 8 16 32 64
+    python -m experiments opt_decode_pruned --models 175b --sparsities 0.7 --devices 2
+    python -m experiments opt_decode_pruned --source FOLDER              a pruned model
+
+A row a model, sparsity (0 is dense) and batch: milliseconds a token by the clock on the wall, around the compiled loop
+that `generate` runs, after `context` tokens; tokens a second; the memory for weights, cache and activations; and the
+largest batch that this device could hold, reckoned from the same bytes. Without a source, weights are random and so are
+their zeros: what a token costs follows from their number. Each matrix is compressed as soon as it is made, so OPT-66B
+at 70% needs no more than it is left with. transformers runs the dense model at equal batch, where torch is there.
+
+The check of a row is one of its blocks' linear layers against the dense products of the same weights, in float32.
+
+Expected: a token takes as much less time as its weights have fewer bytes, less what attention and the logits take: at
+70% and batch 16, OPT-30B at most 0.72 of the dense model's time.
+"""
+
+import dataclasses
+import functools
+import statistics
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float
+
+from experiments import decode_peers, moe
+from experiments.runs import Row, Run, markdown_table
+from models import OPT, PRESETS, OPTConfig, load_opt
+from models.opt_checkpoint import ARCHITECTURE
+from sparsellm import decoding, memory
+from sparsellm.sharding import parameter_sharding
+from sparsellm.unstructured import UnstructuredLinear, compress, compressed_layers
+
+TINY = {"vocab_size": 512, "layers": 1, "d_model": 32, "heads": 2, "d_ff": 32, "max_length": 128}
+SIZES = {"tiny": TINY, **PRESETS}
+TOLERANCES = {"bfloat16": 1e-2, "float16": 5e-3, "float32": 1e-5}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Options of opt_decode_pruned.
+
+    Attributes:
+        models: presets of OPT.
+        sparsities: shares of zeros; 0 is the dense model.
+        batches: sequences at once.
+        source: a pruned OPT, in place of random ones: measured dense, then compressed.
+        context: tokens that each sequence has.
+        steps: tokens added in a timed run.
+        repeats: timed runs.
+        devices: to cut a random model over.
+        dtype: of weights and activations.
+        seed: of weights.
+        no_peers: leave out what needs torch.
+    """
+
+    models: tuple[str, ...] = ("30b",)
+    sparsities: tuple[float, ...] = (0.0, 0.7)
+    batches: tuple[int, ...] = (16,)
+    source: str | None = None
+    context: int = 256
+    steps: int = 32
+    repeats: int = 3
+    devices: int = 1
+    dtype: str = "bfloat16"
+    seed: int = 0
+    no_peers: bool = False
+
+    @classmethod
+    def smoke(cls) -> "Config":
+        """A tiny model."""
+        options: dict[str, Any] = {"dtype": "float32", "no_peers": True}
+        return cls(models=("tiny",), batches=(2,), context=16, steps=4, repeats=1, **options)
+
+
+def run(config: Config, run: Run) -> list[Row]:
+    """A row for each model, sparsity and batch; peers first, while little else is on the GPU.
+
+    Raises:
+        ValueError: an option is empty or holds what it must not.
+        RuntimeError: a compressed layer does not give the dense product.
+    """
+    _check(config)
+    rows: list[Row] = []
+    for model in (config.source,) if config.source is not None else config.models:
+        name = f"{len(rows)}_{model.rpartition('/')[2]}"
+        theirs = moe.remembered(run, f"peers_{name}", functools.partial(measure_peers, config, model))
+        for sparsity in (None,) if config.source is not None else config.sparsities:
+            measure = functools.partial(measure_model, config, model, sparsity)
+            for row in moe.remembered(run, f"rows_{name}_{sparsity}", measure):
+                keys = {"transformers_time_ms": "time_ms", "transformers_memory_gib": "memory_gib"}
+                row |= {key: theirs.get(f"{row['batch']}_{column}") for key, column in keys.items()}
+                rows.append(row)
+    text, figures = readme({"rows": rows})
+    for name, content in figures.items():
+        run.write(name, content)
+    print(text)
+    return rows
+
+
+def _check(config: Config) -> None:
+    for name in ("models", "sparsities", "batches"):
+        if not getattr(config, name):
+            raise ValueError(f"{name} must hold something; got none")
+    if unknown := set(config.models) - set(SIZES):
+        raise ValueError(f"models must be some of {', '.join(SIZES)}; got {', '.join(sorted(unknown))}")
+    if not all(0 <= sparsity <= 1 for sparsity in config.sparsities):
+        raise ValueError(f"sparsities must be 0 to 1; got {config.sparsities}")
+    if config.devices > len(jax.devices()):
+        raise ValueError(f"devices must be at most the {len(jax.devices())} there are; got {config.devices}")
+    for name in ("context", "steps", "repeats", "devices"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name} must be at least 1; got {name}={getattr(config, name)}")
+    if min(config.batches) < 1:
+        raise ValueError(f"batches must be at least 1; got {config.batches}")
+    if config.source is None:
+        for model in config.models:
+            longest = sizes(config, model).max_length
+            if config.context + config.steps > longest:
+                got = f"{config.context} and {config.steps}"
+                raise ValueError(f"context and steps must fit into the {longest} positions of {model}; got {got}")
+
+
+def sizes(config: Config, model: str) -> OPTConfig:
+    """The configuration of a preset."""
+    return OPTConfig(**SIZES[model], dtype=config.dtype, param_dtype=config.dtype)
+
+
+def measure_peers(config: Config, model: str) -> Row:
+    """Times and memory of transformers' model, in a process of its own."""
+    if config.no_peers or config.source is not None:
+        return {}
+    fields = ARCHITECTURE.write_config(sizes(config, model))
+    options = {"context": config.context, "steps": config.steps, "repeats": config.repeats}
+    batches = sorted(config.batches)
+    return decode_peers.measure(decode_peers.Decoding(config=fields, dtype=config.dtype, batches=batches, **options))
+
+
+def measure_model(config: Config, model: str, sparsity: float | None) -> list[Row]:
+    """Rows of one model on every batch: of a random one, or of a given one dense and then compressed."""
+    if sparsity is None:
+        loaded = load_opt(model, dtype=config.dtype)
+        named: Row = {"model": model.rstrip("/").rpartition("/")[2], "weights": "pruned"}
+        rows = [_measure(config, loaded, named | {"variant": "dense"}, batch) for batch in config.batches]
+        found: list[Row] = []
+        compress(loaded, report=found.append)
+        zeros = 1 - sum(r["density"] * r["dense_bytes"] for r in found) / sum(r["dense_bytes"] for r in found)
+        named |= {"variant": "unstructured", "sparsity": round(zeros, 4)}
+        return rows + [_measure(config, loaded, named, batch) for batch in config.batches]
+    named = {"model": f"opt-{model}", "weights": "random", "sparsity": sparsity}
+    named["variant"] = "unstructured" if sparsity else "dense"
+    needed, has = bytes_needed(sizes(config, model), sparsity), memory.capacity()
+    if has is not None and needed > has * config.devices:
+        said = f"{model} at {sparsity:.0%} needs {needed / 2**30:.0f} of {has * config.devices / 2**30:.0f} GiB"
+        print(f"{said}: left out", flush=True)
+        return [named | {"batch": batch, "memory_gib": round(needed / 2**30, 2)} for batch in config.batches]
+    mesh = None
+    if config.devices > 1:
+        mesh = jax.make_mesh((config.devices,), ("model",), axis_types=(AxisType.Auto,))
+    made = random_opt(sizes(config, model), sparsity, jax.random.key(config.seed), mesh)
+    return [_measure(config, made, named, batch) for batch in config.batches]
+
+
+def bytes_needed(config: OPTConfig, sparsity: float) -> int:
+    """About what the weights take: 2 * density + 1/8 bytes an element of the blocks' matrices, a tenth on top."""
+    abstract = nnx.eval_shape(lambda: OPT(config, rngs=nnx.Rngs(0)))
+    total, itemsize = sum(x.size for x in jax.tree.leaves(nnx.state(abstract))), jnp.dtype(config.dtype).itemsize
+    blocks = sum(x.size for x in jax.tree.leaves(nnx.state(abstract.layers)) if x.ndim == 2)
+    kept = min(1.1 * (1 - sparsity + 1 / (8 * itemsize)), 1) if sparsity else 1
+    return int(itemsize * (total - blocks + kept * blocks))
+
+
+def random_opt(config: OPTConfig, sparsity: float, key: Array, mesh: Mesh | None = None) -> OPT:
+    """Random weights, their zeros at random places and each matrix compressed before the next is made; dense for 0."""
+    model = nnx.eval_shape(lambda: OPT(config, rngs=nnx.Rngs(0)))
+    keys = (jax.random.fold_in(key, i) for i in range(2**31))
+
+    def fill(name: str, variable: nnx.Variable, sparsity: float = 0.0) -> None:
+        scale, shift = {"scale": (0.0, 1.0), "bias": (0.0, 0.0)}.get(name, (config.init_std, 0.0))
+        sharding = parameter_sharding(variable, mesh)
+        options = {"shape": variable.shape, "dtype": variable.dtype}
+        options["sharding"] = sharding if isinstance(sharding, NamedSharding) else None
+        variable.set_value(_draw(next(keys), scale, shift, 1 - sparsity, **options))
+
+    for parent in [module for _, module in nnx.iter_modules(model) if type(module) is not nnx.Linear]:
+        for name in list(vars(parent)):
+            child = getattr(parent, name)
+            if isinstance(child, nnx.Variable):
+                fill(name, child)
+            elif type(child) is nnx.Linear:
+                for part, variable in list(vars(child).items()):
+                    if isinstance(variable, nnx.Variable):
+                        fill(part, variable, sparsity if part == "kernel" else 0.0)
+                if sparsity:
+                    setattr(parent, name, UnstructuredLinear.from_linear(child))
+    return model
+
+
+@functools.partial(jax.jit, static_argnames=("shape", "dtype", "sharding"))
+def _draw(
+    key: Array,
+    scale: ArrayLike,
+    shift: ArrayLike,
+    density: ArrayLike,
+    *,
+    shape: tuple[int, ...],
+    dtype: Any,
+    sharding: NamedSharding | None,
+) -> Array:
+    """Normal with this scale around this shift, but zero where it is not kept; cut over devices as it is made."""
+    key_mask, key_values = jax.random.split(key)
+    values = scale * jax.random.normal(key_values, shape, jnp.float32) + shift
+    drawn = jnp.where(jax.random.uniform(key_mask, shape, jnp.float32) < density, values, 0).astype(dtype)
+    return drawn if sharding is None else jax.lax.with_sharding_constraint(drawn, sharding)
+
+
+def _measure(config: Config, model: OPT, named: Row, batch: int) -> Row:
+    slots = config.context + config.steps
+    size = memory.estimate(model, rows=batch, slots=slots, tokens=batch)
+    has = memory.capacity()
+    row = (
+        {"sparsity": 0.0}
+        | named
+        | {"batch": batch, "dtype": config.dtype, "context": config.context, "devices": config.devices}
+    )
+    row |= {"weights_gib": round(size.parameters / 2**30, 3), "memory_gib": round(size.total / 2**30, 3)}
+    row["largest_batch"] = None
+    if has is not None:
+        row["largest_batch"] = max(has - size.parameters, 0) * batch // max(size.cache + size.activations, 1)
+    if has is not None and size.total > has:
+        print(f"{_label(row)} does not fit", flush=True)
+        return row
+    row["error"] = check_block(model, config)
+    row["time_ms"] = round(token_ms(model, config, batch), 3)
+    row["tokens_per_second"] = round(1e3 * batch / row["time_ms"], 1)
+    print(f"{_label(row)}: {row['time_ms']} ms a token, {row['memory_gib']} GiB", flush=True)
+    return row
+
+
+def token_ms(model: OPT, config: Config, batch: int) -> float:
+    """The median time of a token of each sequence, in the loop that `generate` runs."""
+    program, key = nnx.split(model), jax.random.key(0)
+    cache = model.init_cache(batch, config.context + config.steps)
+    rows = decoding.Rows(jnp.full(batch, 5, jnp.int32), jnp.zeros(batch, jnp.int32), jnp.int32(0), cache)
+    times = []
+    for _ in range(config.repeats + 1):
+        cache = rows.cache._replace(filled=jnp.full(batch, config.context, jnp.int32))  # read as if it were a text's
+        rows = rows._replace(left=jnp.full(batch, config.steps + 1, jnp.int32), cache=cache)
+        start = time.perf_counter()
+        with decoding.on_mesh(program[1]):
+            rows, tokens = decoding.decode(*program, rows, key, decoding.GREEDY, np.int32(-1), None, steps=config.steps)
+        np.asarray(tokens)
+        times.append(1e3 * (time.perf_counter() - start) / config.steps)
+    return statistics.median(times[1:])  # the first one compiled
+
+
+def check_block(model: OPT, config: Config) -> float | None:
+    """The largest relative error of a compressed layer of the middle block; None where none is compressed.
+
+    Raises:
+        RuntimeError: it is above what rounding explains.
+    """
+    errors = []
+    for number, (_, layer) in enumerate(compressed_layers(model.layers[len(model.layers) // 2])):
+        x = jax.random.normal(jax.random.key(number), (8, layer.in_features), layer.dtype)
+        errors.append(float(_error(*nnx.split(layer), x)))
+    error = max(errors, default=None)
+    if error is not None and not error <= TOLERANCES[config.dtype]:
+        raise RuntimeError(f"a compressed layer's error must be {TOLERANCES[config.dtype]} at most; got {error:.1e}")
+    return error
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _error(graphdef, state, x: Float[Array, "tokens d_in"]) -> Float[Array, ""]:
+    layer: UnstructuredLinear = nnx.merge(graphdef, state)
+    wide, kernel = x.astype(jnp.float32), layer.to_dense().astype(jnp.float32)
+    expected = jnp.dot(wide, kernel, precision=jax.lax.Precision.HIGHEST)
+    expected = expected if layer.bias is None else expected + layer.bias[...].astype(jnp.float32)[None]
+    return moe.relative_error(layer(x), expected)
+
+
+def readme(result: dict[str, Any]) -> tuple[str, dict[str, bytes]]:
+    """Time, speed and memory of every model next to the dense one's and transformers'; and a figure."""
+    from experiments import figures
+
+    rows = result["rows"]
+    dense = {(row["model"], row["batch"]): row.get("time_ms") for row in rows if row["variant"] == "dense"}
+    cells = []
+    for row in rows:
+        base, own = dense.get((row["model"], row["batch"])), row.get("time_ms")
+        ratio = f"{own / base:.2f}" if own and base else "–"
+        cells.append([row["model"], f"{row['sparsity']:.0%}", row["batch"], _number(own), ratio])
+        cells[-1] += [_number(row.get(key)) for key in ("tokens_per_second", "transformers_time_ms", "memory_gib")]
+        cells[-1] += [row.get("largest_batch") or "–"]
+    header = ["model", "zeros", "batch", "ms a token", "of dense", "tokens/s", "transformers (ms)", "GiB"]
+    header += ["largest batch"]
+    kinds = " and ".join(sorted({row["weights"] for row in rows}))
+    text = f"Weights: {kinds}. GiB are weights, cache and activations.\n\n{markdown_table(cells, header)}"
+    timed = [row for row in rows if row.get("time_ms")]
+    return text, {"opt_decode_pruned.png": figures.draw(lambda axes: _plot(axes, timed))} if timed else {}
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}"
+
+
+def _label(row: Row) -> str:
+    return f"{row['model']}, {row['sparsity']:.0%} zeros, batch {row['batch']}"
+
+
+def _plot(axes, rows: list[Row]) -> None:
+    from experiments import figures
+
+    lines: dict[str, list[tuple[int, float]]] = {}
+    for row in rows:
+        kind = "dense" if row["variant"] == "dense" else f"{row['sparsity']:.0%} zeros"
+        lines.setdefault(f"{row['model']}, {kind}", []).append((row["batch"], row["time_ms"]))
+    for colour, (label, points) in zip(figures.ordered_colours(len(lines)), lines.items(), strict=True):
+        axes.plot(*zip(*sorted(points), strict=True), "o-", color=colour, markersize=4, label=label)
+    axes.set(title="Decoding with unstructured weights", xlabel="batch", ylabel="time a token (ms)", ylim=(0, None))
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))

@@ -1,0 +1,250 @@
+"""How many tokens a second does OPT write for a stream of requests, dense and over predicted neurons?
+
+    python -m experiments opt_serving --records alpaca.json --tokenizer FOLDER --profile neurons.csv --keep
+
+A request is a record's prompt, and asks for as many tokens as the record's answer has, so that texts end at different
+times and their rows are refilled (`sparsellm.serving`). All arrive at once, or at random with a mean rate. Reported are
+tokens a second, and median and 99th percentile of the time to the first token and of the whole latency; compilation is
+left out by serving a part of the stream first. `sparse` decodes over the neurons that look-ahead predictors name.
+
+Weights and predictors are synthetic: random, with as many neurons firing as the profile says, so times are real and
+texts are noise; `--source` serves a checkpoint dense. The check: sampled answers once more, each token fed to the model
+as it is alone and simulating what it lists; `error` is how far below the largest logit that of the answer's token lies
+at most, in standard deviations of the logits. Rounding gives hundredths, a wrong row of the cache gives 1 and more.
+Expected on an H200: under three minutes for OPT-6.7B.
+"""
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from experiments import moe, opt
+from experiments.records import Record, choose_records
+from experiments.runs import Row, Run, markdown_table
+from models import OPT
+from models.opt import with_predictors
+from models.synthetic import synthetic_predictors
+from sparsellm.packing import bucket
+from sparsellm.serving import Answer, Request, serve, statistics
+
+VARIANTS = ("dense", "sparse")
+TOLERANCE = 0.25  # of `error`; bfloat16 and dozens of layers
+NEVER = -1  # no token ends a text
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Options of opt_serving.
+
+    Attributes:
+        model: size of a synthetic model: "6.7b" and the like, or "tiny".
+        source: a checkpoint's folder or a hub id, in place of it.
+        profile: a CSV file that says how many neurons of a synthetic model fire; None for a power law.
+        records: a JSON file of records in Alpaca's format; None makes lengths up.
+        tokenizer: the folder of the tokenizer that reads them.
+        requests: how many.
+        rate: requests a second, at random times; 0 for all at once.
+        rows: texts at once.
+        cache_length: slots of a row; longer records are passed over.
+        steps: of decoding between two looks for rows to refill.
+        prefill_sizes: tokens that are read together.
+        rank: of the predictors.
+        dtype: of weights and activations.
+        samples: answers to check.
+        seed: of weights and the choice of records.
+    """
+
+    model: str = "6.7b"
+    source: str | None = None
+    profile: Path | None = None
+    records: Path | None = None
+    tokenizer: Path | None = None
+    requests: int = 200
+    rate: float = 0.0
+    rows: int = 32
+    cache_length: int = 512
+    steps: int = 16
+    prefill_sizes: tuple[int, ...] = (128, 512)
+    rank: int = 128
+    dtype: str = "bfloat16"
+    samples: int = 2
+    seed: int = 0
+
+    @classmethod
+    def smoke(cls) -> "Config":
+        """A tiny model."""
+        return cls(
+            model="tiny",
+            requests=6,
+            rows=2,
+            cache_length=48,
+            steps=4,
+            prefill_sizes=(48,),
+            rank=4,
+            dtype="float32",
+            samples=1,
+        )
+
+
+def run(config: Config, run: Run) -> list[Row]:
+    """A row for each variant; and a figure of when every request's tokens came."""
+    rows = moe.remembered(run, "rows", functools.partial(measure, config))
+    text, figures = readme({"rows": rows})
+    for name, content in figures.items():
+        run.write(name, content)
+    print(text)
+    return rows
+
+
+def measure(config: Config) -> list[Row]:
+    """Serves the stream by every variant, and checks some answers.
+
+    Raises:
+        ValueError: an option is out of range.
+        RuntimeError: an answer is not the model's.
+    """
+    for name, least in (("requests", 1), ("rows", 1), ("rank", 1), ("samples", 1), ("rate", 0)):
+        if not getattr(config, name) >= least:
+            raise ValueError(f"{name} must be at least {least}; got {name}={getattr(config, name)}")
+    made = {"source": config.source, "profile": config.profile, "seed": config.seed}
+    model, weights = opt.make_model(config.model, config.dtype, **made, neuron_major=config.source is None)
+    records = choose_records(
+        config.records,
+        config.tokenizer,
+        config.requests,
+        vocab_size=model.config.vocab_size,
+        longest=min(config.cache_length, model.config.max_length),
+        seed=config.seed,
+    )
+    requests = stream(records, config.rate, config.seed)
+    name = config.model if config.source is None else Path(config.source).name
+    about = {"model": f"opt-{name}", "weights": weights, "requests": len(requests), "rate": config.rate}
+    about |= {"batch": config.rows, "dtype": config.dtype, "prompt_tokens": sum(len(r.prompt) for r in records)}
+    rows = []
+    for variant in VARIANTS if config.source is None else VARIANTS[:1]:
+        served, reference = variant_of(model, variant, config)
+        row = about | {"variant": variant} | _measure(config, served, reference, requests)
+        print(", ".join(f"{name} {value}" for name, value in row.items() if name != "latencies_s"), flush=True)
+        rows.append(row)
+    return rows
+
+
+def stream(records: list[Record], rate: float, seed: int) -> list[Request]:
+    """A request for each record: its prompt, as many tokens as its answer, and when it arrives."""
+    gaps = np.random.default_rng(seed).exponential(1 / rate, len(records)) if rate else np.zeros(len(records))
+    return [
+        Request(prompt=record.prompt, max_new_tokens=len(record.answer), eos_id=NEVER, arrival_s=float(time))
+        for record, time in zip(records, np.cumsum(gaps), strict=True)
+    ]
+
+
+def variant_of(model: OPT, variant: str, config: Config) -> tuple[OPT, OPT]:
+    """The model that serves; and the one that computes the same without lists."""
+    if variant == "dense":
+        return model, model
+    profile, key = opt.read_profile(config.profile, model.config.d_ff), jax.random.key(config.seed + 1)
+    predictors = synthetic_predictors(model, profile, batch=config.rows, rank=config.rank, key=key)
+    return with_predictors(model, predictors), with_predictors(model, predictors, "mask")
+
+
+def _measure(config: Config, model: OPT, reference: OPT, requests: list[Request]) -> Row:
+    options: dict[str, Any] = {
+        "rows": config.rows,
+        "cache_length": config.cache_length,
+        "steps": config.steps,
+        "prefill_sizes": config.prefill_sizes,
+    }
+    alone = [serve(model, [dataclasses.replace(r, arrival_s=0.0)], **options)[0] for r in requests[: config.samples]]
+    error = max(
+        float(largest_gap(reference, r, answer, config.cache_length))
+        for r, answer in zip(requests, alone, strict=False)
+    )
+    if not error <= TOLERANCE:
+        raise RuntimeError(
+            f"an answer's token lies {error:.2f} standard deviations below the likeliest: not the model's"
+        )
+    at_once = [dataclasses.replace(request, arrival_s=0.0) for request in requests]
+    serve(model, at_once[: config.rows + 1], **options)  # every program is compiled now
+    answers = serve(model, requests, **options)
+    found = {name: round(value, 4) for name, value in statistics(answers).items()}
+    return found | {"error": error, "latencies_s": _latencies(answers)}
+
+
+def _latencies(answers: list[Answer]) -> list[list[float]]:
+    """Of every request, from its arrival: when its first token was known, and its last."""
+    return [
+        [round(answer.first_token_s - answer.arrival_s, 3), round(answer.finished_s - answer.arrival_s, 3)]
+        for answer in answers
+    ]
+
+
+def largest_gap(model: OPT, request: Request, answer: Answer, slots: int) -> Float[Array, ""]:
+    """How far a token of an answer lies below the likeliest at most, in standard deviations of the logits.
+
+    The answer is fed to the model token by token, after the prompt, alone in a cache of its own: the padding behind the
+    prompt, which makes one program do for all, is of no weight in it.
+    """
+    length = bucket(slots, 8)
+    prompt, tokens = np.zeros((1, length), np.int32), np.zeros(length, np.int32)
+    prompt[0, : len(request.prompt)] = request.prompt
+    tokens[: len(answer.tokens)] = answer.tokens
+    count = np.int32(len(answer.tokens))
+    return _largest_gap(*nnx.split(model), jnp.asarray(prompt), np.int32(len(request.prompt)), tokens, count)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _largest_gap(graphdef, state, prompt: Int[Array, "1 length"], ends, tokens: Int[Array, " length"], count):
+    model = nnx.merge(graphdef, state)
+    mask = jnp.arange(prompt.shape[1])[None] < ends
+    cache = model.init_cache(1, prompt.shape[1])
+    hidden, cache = model.hidden_states(prompt, mask=mask, cache=cache)
+
+    def step(carry, token):
+        hidden, cache = carry
+        logits = model.logits(hidden)
+        gap = (jnp.max(logits) - logits[token]) / jnp.std(logits)
+        hidden, cache = model.hidden_states(token[None, None], cache=cache)
+        return (hidden[0, 0], cache), gap
+
+    _, gaps = lax.scan(step, (hidden[0, ends - 1], cache), tokens)
+    return jnp.max(jnp.where(jnp.arange(len(tokens)) < count, gaps, 0))
+
+
+def readme(result: dict[str, Any]) -> tuple[str, dict[str, bytes]]:
+    """Throughput and latency of every variant, and a figure of the latencies."""
+    from experiments import figures
+
+    rows = result["rows"]
+    cells = [
+        [row["model"], row["variant"], row["batch"], f"{row['tokens_per_s']:.0f}"]
+        + [f"{row[f'{name}_s_p{share}']:.2f}" for name in ("first_token", "latency") for share in (50, 99)]
+        + [f"{row['error']:.0e}"]
+        for row in rows
+    ]
+    header = ["model", "variant", "rows", "tokens/s", "first token p50 (s)", "p99 (s)", "latency p50 (s)", "p99 (s)"]
+    first = rows[0]
+    arriving = f"at {first['rate']:g} a second" if first["rate"] else "at once"
+    said = f"{first['requests']} requests arriving {arriving}, weights: {first['weights']}.\n\n"
+    drawn = figures.draw(lambda axes: _plot(axes, rows))
+    return said + markdown_table(cells, [*header, "error"]), {"opt_serving.png": drawn}
+
+
+def _plot(axes, rows: list[Row]) -> None:
+    from experiments import figures
+
+    for row, colour in zip(rows, (figures.BLUE, figures.GREEN), strict=False):
+        share = np.arange(1, len(row["latencies_s"]) + 1) / len(row["latencies_s"])
+        for which, style, name in ((0, "--", "first token"), (1, "-", "whole answer")):
+            times = sorted(latency[which] for latency in row["latencies_s"])
+            axes.plot(times, share, style, color=colour, label=f"{row['variant']}, {name}")
+    axes.set(title="Requests answered within a time", xlabel="seconds after arrival", ylabel="share of requests")
+    axes.yaxis.set_major_formatter("{x:.0%}")
+    axes.legend()

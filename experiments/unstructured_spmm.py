@@ -1,0 +1,298 @@
+"""From which sparsity on, and for how many tokens, are unstructured weights quicker than cuBLAS?
+
+    python -m experiments unstructured_spmm --keep              on a GPU, in 3 minutes
+    python -m experiments unstructured_spmm --all --keep        Flash-LLM's twelve shapes, n to 256, 40 to 90%
+    python -m experiments unstructured_spmm --source FOLDER     layers of a pruned OPT or Mixtral
+
+Times y = W x with W [m, k] as `UnstructuredWeights` and x [k, n], next to the dense product of the same weights by
+cuBLAS in the same run. A matrix smaller than 120 MB is copied until all copies together are larger, and a call
+multiplies by every one of them: so that weights come from memory as in a model, not from L2. `gbps` counts compressed
+bytes, `roof` is how many times fewer of them there are than dense ones: the speed-up of a kernel that reads as fast.
+
+Expected where the kernel is as quick as it is meant to be: at n = 8, 1.15 to 1.4 times cuBLAS at 50% and 1.9 to 2.5 at
+80%. A device without the kernel takes the xla path, which is slower than dense everywhere.
+"""
+
+import dataclasses
+import functools
+import json
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float
+
+from experiments import moe, products
+from experiments.pruning import LOADERS
+from experiments.runs import Row, Run, markdown_table
+from pallas_kernels.unstructured_matmul import UnstructuredWeights, unstructured_matmul, work
+from pallas_kernels.unstructured_matmul.weights import VALUE_DTYPES
+from pallas_kernels.workbench.gpus import find_gpu
+from pallas_kernels.workbench.timing import ROUNDS, Timer, cupti
+from sparsellm import huggingface
+
+# Source: Flash-LLM (VLDB'24), section 6.1: the four products of OPT-30B, 66B and 175B.
+FLASH_LLM = tuple(
+    f"{m * width}x{k * width}" for width in (7168, 9216, 12288) for m, k in ((3, 1), (1, 1), (4, 1), (1, 4))
+)
+MOST_COPIES = 32
+TOLERANCE = 5e-3  # of the relative RMS error, in 16 bits
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Options of unstructured_spmm.
+
+    Attributes:
+        shapes: of W, "MxK": outputs by inputs.
+        ns: tokens at once.
+        sparsities: shares of zeros, at random places.
+        value_dtypes: what the values that are left are kept in: "dtype" (as W is), "int8" or "float8_e4m3fn".
+        dtype: of W and x: "bfloat16" or "float16".
+        source: a pruned model (OPT or Mixtral): the linear layers of its middle block in place of random masks.
+        cold_mb: what the copies of a matrix take at least, up to 32 of them; an H200's L2 has 60.
+        all: shapes, ns and sparsities of Flash-LLM's paper and beyond, in place of those above.
+        seed: of weights, masks and x.
+    """
+
+    shapes: tuple[str, ...] = ("28672x7168", "7168x28672", "36864x9216")
+    ns: tuple[int, ...] = (8, 16, 32)
+    sparsities: tuple[float, ...] = (0.5, 0.6, 0.7, 0.8)
+    value_dtypes: tuple[str, ...] = ("dtype",)
+    dtype: str = "bfloat16"
+    source: str | None = None
+    cold_mb: int = 120
+    all: bool = False
+    seed: int = 0
+
+    @classmethod
+    def smoke(cls) -> "Config":
+        """A small matrix; also without a GPU, by the clock on the wall."""
+        return cls(shapes=("48x96",), ns=(8,), sparsities=(0.7,), cold_mb=0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Problem:
+    """A weight matrix to be made.
+
+    Attributes:
+        named: what a row says of it: m, k, mask, and its sparsity or layer.
+        make: gives it, [m, k].
+    """
+
+    named: Row
+    make: Callable[[], Float[Array, "m k"]]
+
+
+def run(config: Config, run: Run) -> list[Row]:
+    """A row for each matrix, dtype of values and n; and a figure."""
+    rows = measure(config, run, cupti if jax.default_backend() == "gpu" else moe.wall_clock)
+    shown, figures = readme({"rows": rows})
+    for name, content in figures.items():
+        run.write(name, content)
+    print(shown)
+    return rows
+
+
+def measure(config: Config, run: Run, timer: Timer) -> list[Row]:
+    """Times and checks every product; what an earlier process of the run has measured is taken as it is.
+
+    Raises:
+        ValueError: an option is empty or holds what it must not.
+        RuntimeError: a result is not that of the dense product.
+    """
+    config = _checked(config)
+    rows = []
+    for number, problem in enumerate(problems(config)):
+        compute = functools.partial(measure_matrix, config, problem, timer)
+        rows += moe.remembered(run, f"rows_{number}", compute)
+    return rows
+
+
+def _checked(config: Config) -> Config:
+    """With `all` written out; raises ValueError for what cannot be measured."""
+    if config.all:
+        sparsities = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+        config = dataclasses.replace(config, shapes=FLASH_LLM, ns=(8, 16, 32, 64, 128, 256), sparsities=sparsities)
+    for name in ("shapes", "ns", "sparsities", "value_dtypes"):
+        if not getattr(config, name):
+            raise ValueError(f"{name} must hold something; got none")
+    for shape in config.shapes:
+        _sizes(shape)
+    if min(config.ns) < 1 or not all(0 <= sparsity <= 1 for sparsity in config.sparsities):
+        raise ValueError(f"ns must be at least 1, sparsities 0 to 1; got {config.ns}, {config.sparsities}")
+    for name, known in (("dtype", ("bfloat16", "float16")), ("value_dtypes", ("dtype", *VALUE_DTYPES))):
+        value = getattr(config, name)
+        if not {value} <= set(known) if isinstance(value, str) else not set(value) <= set(known):
+            raise ValueError(f"{name} must be of {', '.join(known)}; got {value}")
+    return config
+
+
+def _sizes(shape: str) -> tuple[int, int]:
+    m, _, k = shape.partition("x")
+    if not (m.isdecimal() and k.isdecimal() and int(m) and int(k)):
+        raise ValueError(f'a shape is "MxK", as in 28672x7168; got "{shape}"')
+    return int(m), int(k)
+
+
+def problems(config: Config) -> Iterator[Problem]:
+    """The matrices of a pruned model, or random ones."""
+    if config.source is not None:
+        yield from _pruned_layers(config.source, config.dtype)
+        return
+    for m, k in map(_sizes, config.shapes):
+        for sparsity in config.sparsities:
+            make = functools.partial(random_weights, jax.random.key(config.seed), sparsity, (m, k), config.dtype)
+            yield Problem(named={"m": m, "k": k, "mask": "random", "sparsity": sparsity}, make=make)
+
+
+def _pruned_layers(source: str, dtype: str) -> Iterator[Problem]:
+    folder = huggingface.find_folder(source)
+    kind = json.loads((folder / "config.json").read_text()).get("model_type")
+    if kind not in LOADERS:
+        raise ValueError(f"source must be a model of {' or '.join(LOADERS)}; {folder} is of {kind}")
+    layers = LOADERS[kind](folder, dtype=dtype).layers
+    middle = len(layers) // 2
+    for path, module in nnx.iter_modules(layers[middle]):
+        if type(module) is nnx.Linear:
+            k, m = module.kernel.shape
+            name = ".".join(map(str, ("layers", middle, *path)))
+            make = functools.partial(lambda kernel: kernel[...].T, module.kernel)
+            yield Problem(named={"m": m, "k": k, "mask": "pruned", "layer": name, "model": folder.name}, make=make)
+
+
+@functools.partial(jax.jit, static_argnames=("shape", "dtype"))
+def random_weights(key: Array, sparsity: ArrayLike, shape: tuple[int, int], dtype: str) -> Float[Array, "m k"]:
+    """Normal, each zero with probability `sparsity`."""
+    key_mask, key_values = jax.random.split(key)
+    keep = jax.random.uniform(key_mask, shape, jnp.float32) >= sparsity
+    return jnp.where(keep, jax.random.normal(key_values, shape, dtype), 0)
+
+
+def measure_matrix(config: Config, problem: Problem, timer: Timer) -> list[Row]:
+    """Times and checks the products by one matrix."""
+    w, rows = problem.make(), []
+    zeros = 1 - int(jnp.count_nonzero(w)) / w.size
+    dense = _cold(w, config.cold_mb)
+    for values in config.value_dtypes:
+        weights = UnstructuredWeights.from_dense(w, None if values == "dtype" else values)
+        expected = w if values == "dtype" else weights.to_dense()  # 8 bits round, which is no error of the product
+        copies = _cold(weights, config.cold_mb)
+        for n in config.ns:
+            x = jax.random.normal(jax.random.key(config.seed + 1), (w.shape[1], n), w.dtype)
+            outputs, us = _interleaved({"time_us": (_products, copies), "dense_us": (_dense_products, dense)}, x, timer)
+            row = problem.named | {"sparsity": problem.named.get("sparsity", round(zeros, 4)), "n": n}
+            row |= {"dtype": config.dtype, "values": str(weights.values.dtype), **us}
+            row |= {"speedup": round(us["dense_us"] / us["time_us"], 3), "roof": round(w.nbytes / weights.nbytes, 3)}
+            row |= {"gbps": round(weights.nbytes / us["time_us"] / 1e3, 1), "bound_us": _bound_us(weights, x)}
+            row["error"] = float(products.relative_error(outputs["time_us"], expected, x))
+            if not row["error"] <= TOLERANCE:
+                raise RuntimeError(f"{_label(row)}: error {row['error']:.1e} is above {TOLERANCE}")
+            print(f"{_label(row)}: {row['time_us']} us, cuBLAS {row['dense_us']}, {row['speedup']}x", flush=True)
+            rows.append(row)
+    return rows
+
+
+def _cold[T](weights: T, cold_mb: int) -> list[T]:
+    """So many copies that together they do not fit into L2."""
+    nbytes = sum(leaf.nbytes for leaf in jax.tree.leaves(weights))
+    count = min(max(-(-(cold_mb * 10**6) // nbytes), 1), MOST_COPIES)
+    return [weights, *(jax.tree.map(jnp.copy, weights) for _ in range(count - 1))]
+
+
+@jax.jit
+def _products(copies: list[UnstructuredWeights], x: Float[Array, "k n"]) -> list[Float[Array, "m n"]]:
+    return [unstructured_matmul(weights, x) for weights in copies]
+
+
+@jax.jit
+def _dense_products(copies: list[Float[Array, "m k"]], x: Float[Array, "k n"]) -> list[Float[Array, "m n"]]:
+    return [jnp.dot(w, x) for w in copies]
+
+
+def _interleaved(
+    calls: dict[str, tuple[Callable[..., Any], list[Any]]], x: Array, timer: Timer
+) -> tuple[dict[str, Array], dict[str, float]]:
+    """A product by the first copy, and the median time a copy, of each; in turns, so that clocks are the same."""
+    outputs, times = {}, {name: [] for name in calls}
+    for _ in range(ROUNDS):
+        for name, (function, copies) in calls.items():
+            out, us = products.time_us(function, [copies, x], timer)
+            outputs[name] = out[0]
+            times[name].append(us / len(copies))
+    return outputs, {name: round(float(np.median(measured)), 2) for name, measured in times.items()}
+
+
+def _bound_us(weights: UnstructuredWeights, x: Float[Array, "k n"]) -> float | None:
+    """The least time for these bytes and FLOPs; None on a device whose rates are unknown."""
+    gpu = find_gpu(jax.devices()[0].device_kind)
+    return None if gpu is None else round(gpu.bound_us(work(weights, x)), 2)
+
+
+def break_even(rows: list[Row]) -> float | None:
+    """The n where cuBLAS becomes quicker, between measured ones on a line; None if it does not up to the largest."""
+    rows = sorted(rows, key=lambda row: row["n"])
+    if not rows[-1]["speedup"] < 1:
+        return None
+    last = max((i for i, row in enumerate(rows) if row["speedup"] >= 1), default=None)
+    if last is None:
+        return 0.0
+    (n0, s0), (n1, s1) = ((row["n"], row["speedup"]) for row in rows[last : last + 2])
+    return n0 + (n1 - n0) * (s0 - 1) / (s0 - s1)
+
+
+def readme(result: dict[str, Any]) -> tuple[str, dict[str, bytes]]:
+    """Speed-ups, a line a matrix and a column a number of tokens; and a figure of them over sparsity."""
+    from experiments import figures
+
+    rows = result["rows"]
+    ns = sorted({row["n"] for row in rows})
+    groups: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        name = row.get("layer") or f"{row['m']}x{row['k']}"
+        groups.setdefault((name, row["values"], f"{row['sparsity']:.0%}"), []).append(row)
+    cells = []
+    for (name, values, sparsity), found in groups.items():
+        by_n = {row["n"]: row for row in found}
+        even = break_even(found)
+        cells.append([name, values, sparsity, *(_times(by_n, n) for n in ns), f"{found[0]['roof']:.2f}x"])
+        cells[-1] += [f"above {max(by_n)}" if even is None else f"{even:.0f}", f"{max(r['error'] for r in found):.0e}"]
+    header = ["weights", "values", "zeros", *(f"n = {n}" for n in ns), "roof", "cuBLAS wins from n", "error"]
+    intro = "Times as quick as cuBLAS, weights read from memory."
+    drawn = figures.draw(lambda axes: _plot(axes, rows, ns))
+    return f"{intro}\n\n{markdown_table(cells, header)}", {"unstructured_spmm.png": drawn}
+
+
+def _times(by_n: dict[int, Row], n: int) -> str:
+    return f"{by_n[n]['speedup']:.2f}x" if n in by_n else "–"
+
+
+def _label(row: Row) -> str:
+    return f"{row['m']}x{row['k']}, {row['sparsity']:.0%} zeros, {row['values']}, n = {row['n']}"
+
+
+def _plot(axes, rows: list[Row], ns: list[int]) -> None:
+    from experiments import figures
+
+    def mean(column: str, n: int) -> list[tuple[float, float]]:
+        """The geometric mean over matrices, by sparsity."""
+        found: dict[float, list[float]] = {}
+        for row in rows:
+            if row["n"] == n and row["values"] == row["dtype"]:
+                found.setdefault(row["sparsity"], []).append(row[column])
+        return [(s, math.exp(np.mean(np.log(values)))) for s, values in sorted(found.items())]
+
+    for colour, n in zip(figures.ordered_colours(len(ns)), ns, strict=True):
+        if points := mean("speedup", n):
+            axes.plot(*zip(*points, strict=True), "o-", color=colour, markersize=4, label=f"n = {n}")
+    if points := mean("roof", ns[0]):
+        axes.plot(*zip(*points, strict=True), "--", color=figures.ORANGE, label="fewer bytes")
+    axes.axhline(1, color="#999999", linewidth=1)
+    axes.set(title="Unstructured weights against cuBLAS", xlabel="zeros", ylabel="times as quick")
+    axes.xaxis.set_major_formatter("{x:.0%}")
+    axes.legend(loc="upper left")

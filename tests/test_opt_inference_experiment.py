@@ -1,0 +1,217 @@
+"""The experiments opt_inference and opt_serving: their smoke forms, what they refuse, what they would not let pass."""
+
+import dataclasses
+import json
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from experiments import opt, opt_inference, opt_peers, opt_serving
+from experiments.__main__ import main
+from experiments.records import LONGEST, choose_records, made_up_records, read_records
+from experiments.runs import Run
+from sparsellm.serving import Answer, Request
+from sparsellm.text import train_bpe
+
+
+def smoke(tmp_path, name: str):
+    assert main([name, "--smoke", "--runs", str(tmp_path)]) == 0
+    (folder,) = (tmp_path / name).glob("*/")
+    assert (folder / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
+    return [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
+
+
+def test_opt_inference_runs_on_a_cpu(tmp_path, capsys):
+    rows = smoke(tmp_path, "opt_inference")
+    assert [row["variant"] for row in rows] == ["padded", "packed", "packed+sparse"]
+    assert rows[0]["error"] == 0 and all(row["error"] < 1e-4 and row["time_ms"] > 0 for row in rows)
+    assert "| opt-tiny | ".replace(" ", "") in capsys.readouterr().out.replace(" ", "")
+
+
+def test_opt_serving_runs_on_a_cpu(tmp_path):
+    dense, sparse = smoke(tmp_path, "opt_serving")
+    assert (dense["variant"], sparse["variant"]) == ("dense", "sparse")
+    for row in (dense, sparse):
+        assert row["error"] < 1e-3 and row["tokens_per_s"] > 0 and len(row["latencies_s"]) == row["requests"] == 6
+        assert 0 < row["first_token_s_p50"] <= row["first_token_s_p99"] <= row["latency_s_p99"]
+
+
+@pytest.fixture(scope="module")
+def model():
+    """As opt_serving's smoke form makes it, so that its programs are compiled already."""
+    return opt.make_model("tiny", "float32", source=None, profile=None, seed=0, neuron_major=True)[0]
+
+
+@jax.jit
+def _logits(model, tokens):
+    return model(tokens)[0]
+
+
+def logits_of(model, text) -> np.ndarray:
+    """Of one sequence, padded behind, where no token looks."""
+    tokens = np.zeros((1, 16), np.int32)
+    tokens[0, : len(text)] = text
+    return np.asarray(_logits(model, tokens))[: len(text)]
+
+
+def test_the_logits_are_those_after_each_record(model):
+    """Against the model on one record at a time."""
+    batch = [(5, 6, 7), (8,), (9, 10, 11, 12)]
+    expected = [logits_of(model, tokens)[-1] for tokens in batch]
+    for arrays in (opt_inference._padded(batch), opt_inference._packed(batch)):
+        got = jax.jit(opt_inference.next_logits)(model, *arrays)
+        np.testing.assert_allclose(got, np.stack(expected), atol=1e-4)
+
+
+def test_the_middle_layer_is_given_what_comes_out_of_those_before_it(model):
+    """Of all layers, that is what the last norm takes."""
+    tokens, ends, packing = opt_inference._packed([(5, 6, 7), (8,)])
+    places = opt_inference._places(tokens, packing=packing)
+    x = opt_inference.entering(model, len(model.layers), tokens, places)
+    logits = model.logits(model.final_layer_norm(x))[0, ends]
+    np.testing.assert_allclose(logits[0], logits_of(model, (5, 6, 7))[-1], atol=1e-4)
+
+
+def test_a_wrong_variant_is_not_let_pass(model, monkeypatch):
+    def wrong(batch):
+        tokens, ends, packing = opt_inference.pack(batch)[0], *(lambda p: (p.last - 1, p))(opt_inference.pack(batch)[1])
+        return tokens, ends, packing
+
+    monkeypatch.setattr(opt_inference, "_packed", wrong)
+    monkeypatch.setattr(opt_inference, "parts_ms", lambda *_: {})
+    with pytest.raises(RuntimeError, match="packed: logits differ by"):
+        opt_inference._measure_batch(
+            opt_inference.Config.smoke(), model, [(5, 6, 7), (8, 9)], opt_inference.moe.wall_clock
+        )
+
+
+def test_a_wrong_answer_is_not_let_pass(model):
+    """Each of its tokens counts, those after it do not."""
+    request = Request(prompt=[5, 6, 7], max_new_tokens=4)
+    text = [5, 6, 7]
+    for _ in range(4):
+        text.append(int(np.argmax(logits_of(model, text)[-1])))
+    right = text[3:]
+    assert opt_serving.largest_gap(model, request, Answer(tokens=right), 48) == 0
+    for i in range(4):
+        wrong = [*right[:i], (right[i] + 1) % 512, *right[i + 1 :]]
+        assert opt_serving.largest_gap(model, request, Answer(tokens=wrong), 48) > opt_serving.TOLERANCE
+    assert opt_serving.largest_gap(model, request, Answer(tokens=right[:2]), 48) == 0
+
+
+@pytest.mark.parametrize(
+    ("experiment", "changes", "message"),
+    [
+        (opt_inference, {"models": ()}, "models must hold something; got none"),
+        (opt_inference, {"models": ("1b",)}, "size must be one of tiny, 125m, .*; got '1b'"),
+        (opt_inference, {"truncate": (-1,)}, "truncate must be at least 0"),
+        (opt_inference, {"batch": 0}, "batch must be at least 1; got batch=0"),
+        (opt_inference, {"dtype": "int8"}, "dtype must be one of bfloat16, float16, float32; got 'int8'"),
+        (opt_inference, {"sparse_rows": 3}, "sparse_rows must be None or one of"),
+        (opt_serving, {"rows": 0}, "rows must be at least 1; got rows=0"),
+        (opt_serving, {"rate": -1.0}, "rate must be at least 0; got rate=-1.0"),
+    ],
+)
+def test_what_is_refused(tmp_path, experiment, changes, message):
+    config = dataclasses.replace(experiment.Config.smoke(), **changes)
+    with Run.start("opt", config, root=tmp_path) as run, pytest.raises(ValueError, match=message):
+        experiment.run(config, run)
+
+
+def test_transformers_is_put_next_to_ours(tmp_path, monkeypatch):
+    asked = []
+
+    def measure(config, batches, repeats):
+        asked.append((config.d_model, batches, repeats))
+        return [{"time_ms": 7.0, "memory_gib": 2.0} for _ in batches]
+
+    monkeypatch.setattr(opt_peers, "measure_prefill", measure)
+    monkeypatch.setattr(
+        opt_inference, "_measure_batch", lambda *_: [{"variant": v, "time_ms": 1.0} for v in opt_inference.VARIANTS]
+    )
+    config = dataclasses.replace(opt_inference.Config.smoke(), no_peers=False, truncate=(0, 9))
+    with Run.start("opt_inference", config, root=tmp_path) as run:
+        rows = opt_inference.measure(config, run)
+    assert [row["transformers_time_ms"] for row in rows] == [7.0] * 6
+    ((width, (whole, cut), repeats),) = asked
+    assert (width, repeats) == (16, 2) and max(whole) > 9 and cut == [min(length, 9) for length in whole]
+    assert [row["tokens"] for row in rows] == [sum(whole)] * 3 + [sum(cut)] * 3
+
+
+def test_without_torch_its_columns_stay_empty(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert opt_peers.measure_prefill(opt.config_of("tiny", "bfloat16"), [[3, 4], [5]], 1) == [{}, {}]
+    assert "torch is not installed: the columns of transformers stay empty" in capsys.readouterr().out
+
+
+# Records.
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    train_bpe(["Name a colour. Blue and green"] * 3, 280).save(folder)
+    return folder
+
+
+@pytest.fixture
+def file(tmp_path):
+    records = [
+        {"instruction": "Name a colour.", "input": "", "output": "Blue"},
+        {"instruction": "Name", "input": "green", "output": ""},
+        {"instruction": "Name a colour.", "input": "and", "output": "green"},
+    ]
+    path = tmp_path / "records.json"
+    path.write_text(json.dumps(records))
+    return path
+
+
+def test_records_are_read_as_prompts_and_answers(file, tokenizer):
+    from sparsellm.text import load_tokenizer
+
+    loaded = load_tokenizer(tokenizer)
+    records = read_records(file, loaded)
+    texts = [(loaded.decode(r.prompt), loaded.decode(r.answer)) for r in records]
+    assert texts == [("Name a colour.\n", "Blue"), ("Name\ngreen\n", ""), ("Name a colour.\nand\n", "green")]
+    assert all(r.tokens[0] == 2 and 2 not in r.tokens[1:] for r in records)
+
+
+def test_records_that_have_an_answer_and_fit_are_chosen(file, tokenizer):
+    chosen = choose_records(file, tokenizer, 2, vocab_size=300, longest=100, seed=0)
+    assert len({r.tokens for r in chosen}) == 2 and all(r.answer for r in chosen)
+    with pytest.raises(ValueError, match="3 records of at most 100 tokens are needed; .* has 2"):
+        choose_records(file, tokenizer, 3, vocab_size=300, longest=100, seed=0)
+    with pytest.raises(ValueError, match="tokenizer must be of at most the model's 200 tokens; got 2"):
+        choose_records(file, tokenizer, 1, vocab_size=200, longest=100, seed=0)
+    with pytest.raises(ValueError, match="tokenizer must be the folder of one that reads the records; got None"):
+        choose_records(file, None, 1, vocab_size=300, longest=100, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("nothing", "records must be JSON; .* is not"),
+        ("[]", "records must be a list of at least one; .* holds list"),
+        ('{"a": 1}', "records must be a list of at least one; .* holds dict"),
+        (
+            '[{"instruction": "x", "output": 3}]',
+            "must have the texts instruction, input and output; record 0 of .* has not",
+        ),
+        ('[{"output": "x"}]', "must have the texts instruction"),
+    ],
+)
+def test_files_that_hold_no_records(file, tokenizer, content, message):
+    file.write_text(content)
+    with pytest.raises(ValueError, match=message):
+        choose_records(file, tokenizer, 1, vocab_size=300, longest=100, seed=0)
+
+
+def test_made_up_records_are_about_as_long_as_real_ones():
+    made = made_up_records(2000, vocab_size=50272)
+    lengths = [len(record.tokens) for record in made]
+    assert 110 < np.mean(lengths) < 150 and max(lengths) == LONGEST and min(lengths) >= 8
+    assert all(record.prompt and record.answer and max(record.tokens) < 50272 for record in made)
+    assert made == made_up_records(2000, vocab_size=50272) != made_up_records(2000, vocab_size=50272, seed=1)

@@ -1,0 +1,117 @@
+import dataclasses
+import json
+import math
+from typing import Any
+
+import pytest
+
+from experiments import predictors, quickstart
+from experiments.__main__ import main
+from experiments.runs import Run
+
+CONFIG = dataclasses.replace(
+    predictors.Config.smoke(), methods=("trained", "teal"), training=8, epochs=2, budgets=(1.5,), batches=(2,)
+)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> tuple[Run, list[dict]]:
+    """A run that was killed once, after its first method, and went on."""
+    root, tiny = tmp_path_factory.mktemp("runs"), quickstart.SIZES["tiny"]
+    model = dataclasses.replace(tiny.model, layers=1, d_ff=32)
+    training = dataclasses.replace(tiny.training, steps=5, warmup_steps=1)
+
+    def killed(*arguments, **options):
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(quickstart.SIZES, "tiny", dataclasses.replace(tiny, model=model, training=training))
+        with patch.context() as inner, pytest.raises(KeyboardInterrupt):
+            inner.setattr(predictors, "teal", killed)
+            with Run.start("predictors", CONFIG, root=root) as run:
+                predictors.run(CONFIG, run)
+        with Run.start("predictors", CONFIG, root=root) as run:
+            patch.setattr(predictors, "train_predictors", killed)  # they are there
+            rows = predictors.run(CONFIG, run)
+            run.finish(rows)
+    return run, rows
+
+
+def test_every_wish_is_a_row_and_the_chosen_predictor_decodes_as_simulated(finished):
+    run, rows = finished
+    assert run.continued and rows[0]["method"] == "dense"
+    wishes = [(row["method"], row.get("budget"), row.get("recall_wanted")) for row in rows if "perplexity" in row]
+    assert wishes[1:4] == [("trained", 1.5, None), ("trained", None, 0.95), ("teal", None, None)]
+    for row in rows:
+        if "perplexity" in row:
+            assert 0 < row.get("density", 1.0) <= 1 and math.isfinite(row["perplexity"])
+    decoded = rows[-1]
+    assert decoded["same_tokens"] == decoded["new_tokens"] == 2 * CONFIG.new_tokens
+    assert decoded["perplexity"] < 1.2 * decoded["dense_perplexity"] and decoded["batch"] == 2
+    assert min(decoded[name] for name in ("time_ms", "dense_ms", "predictor_ms")) > 0
+    assert decoded["predictor_share"] == pytest.approx((16 * (32 + 32) + 1) / (2 * 32 * 32))
+
+
+def test_densities_and_hot_neurons_of_every_layer(finished):
+    _, rows = finished
+    densities = [row["density"] for row in rows if "granularity" in row]
+    assert len(densities) == 4 and densities == sorted(densities)  # 1, 8, 16 and 32 tokens
+    (hot,) = [row for row in rows if "hot" in row]
+    assert 0.1 <= hot["hot"] <= 1 and hot["fires"] == sorted(hot["fires"], reverse=True)
+
+
+def test_the_run_keeps_its_predictors_and_figures(finished):
+    run, rows = finished
+    assert {path.name for path in (run.folder / "predictors").iterdir()} == {"trained", "chosen"}
+    names = ("predictors_density.png", "predictors_hot.png", "predictors_recall.png", "predictors_perplexity.png")
+    assert all((run.folder / name).stat().st_size > 1000 for name in names)
+    assert [json.loads(line) for line in (run.folder / "rows.jsonl").read_text().splitlines()] == rows
+    assert not (run.folder / "checkpoints").exists()
+
+
+def test_readme_shows_a_line_a_wish_and_a_line_a_batch():
+    dense = {"model": "opt-small", "method": "dense", "perplexity": 27.66}
+    common: dict[str, Any] = {"method": "trained", "rank": 16, "recall": 0.9, "precision": 0.5, "density": 0.09}
+    common |= {"true_density": 0.05, "perplexity": 27.9, "dense_perplexity": 27.66}
+    decoded = {"loss": 0.01, "recall_wanted": 0.9, "batch": 1, "time_ms": 0.5, "dense_ms": 1.0, "predictor_ms": 0.1}
+    rows = [
+        dense,
+        {"layer": 0, "granularity": "1x1", "density": 0.05},
+        {"layer": 0, "hot": 0.5, "dead": 0.0, "fires": [0.9, 0.1]},
+        common | {"budget": 1.5},
+        {"method": "teal", "sparsity": 0.4, "density": 0.6, "perplexity": 28.0, "dense_perplexity": 27.66},
+        common | decoded | {"same_tokens": 64, "new_tokens": 64},
+    ]
+    shown, drawn = predictors.readme({"rows": rows})
+    assert shown.splitlines() == [
+        "opt-small, dense perplexity 27.66.",
+        "",
+        "| method  | rank | neurons for  | recall | precision | density | true density | perplexity |",
+        "|---------|-----:|--------------|-------:|----------:|--------:|-------------:|-----------:|",
+        "| trained |   16 | budget 1.5   |  90.0% |     50.0% |    9.0% |         5.0% |      27.90 |",
+        "| teal    |    – | sparsity 0.4 |      – |         – |   60.0% |            – |      28.00 |",
+        "",
+        "Decoding with a recall of 0.9 wanted, perplexity +0.9%:",
+        "",
+        "| batch | dense ms | ms a token | of it predictors | density | as simulated |",
+        "|------:|---------:|-----------:|-----------------:|--------:|-------------:|",
+        "|     1 |        1 |        0.5 |              0.1 |    9.0% |        64/64 |",
+    ]
+    assert len(drawn) == 4
+
+
+@pytest.mark.parametrize(
+    "options,message",
+    [
+        (["--methods", "oracle"], "methods must be some of"),
+        (["--batch", "0"], "batch must be at least 1; got batch=0"),
+        (["--training", "12"], "batch must divide training; got batch=8, training=12"),
+        (["--recalls", "1.5"], "recalls must lie between 0 and 1"),
+        (["--budgets", "0"], "budgets must be above 0"),
+        (["--loss", "0"], "loss must be above 0; got loss=0"),
+    ],
+)
+def test_what_cannot_be_asked_is_refused_before_anything_is_trained(options, message, tmp_path, capsys):
+    assert main(["predictors", "--smoke", "--runs", str(tmp_path), *options]) == 1
+    assert message in capsys.readouterr().err
+    assert not list((tmp_path / "predictors").iterdir())

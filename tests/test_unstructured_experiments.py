@@ -1,0 +1,234 @@
+"""The experiments on unstructured weights, on a CPU: all but the time itself."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from experiments import decode_peers, opt_decode_pruned, peers, unstructured_spmm
+from experiments.__main__ import main
+from experiments.runs import Run
+from models import OPT, OPTConfig, save_opt
+from sparsellm.unstructured import compressed_layers
+
+SPMM = unstructured_spmm.Config.smoke()
+DECODE = opt_decode_pruned.Config.smoke()
+
+
+def timer(function, arguments: list[Any], iterations: int):
+    """Runs the function; every call of it took 12 us."""
+    return function(*arguments), [12.0] * iterations
+
+
+@pytest.fixture(scope="module")
+def pruned(tmp_path_factory) -> Path:
+    """A small OPT with 30% of its weights left."""
+    config = OPTConfig(vocab_size=64, layers=1, d_model=32, heads=2, d_ff=32, max_length=64)
+    model = OPT(config, rngs=nnx.Rngs(0))
+    rng = np.random.default_rng(0)
+    for _, module in nnx.iter_modules(model):
+        if type(module) is nnx.Linear:
+            kernel = module.kernel[...]
+            module.kernel[...] = jnp.where(rng.random(kernel.shape) < 0.3, kernel, 0)
+    folder = tmp_path_factory.mktemp("models") / "pruned"
+    save_opt(model, folder)
+    return folder
+
+
+# unstructured_spmm
+
+
+def test_spmm_gives_a_checked_row_for_each_product_and_goes_on_after_a_kill(tmp_path, monkeypatch):
+    config = dataclasses.replace(SPMM, sparsities=(0.5, 0.8))
+    made, matrix = [], unstructured_spmm.measure_matrix
+
+    def counted(config, problem, timer):
+        if len(made) == 1:
+            made.append("killed")
+            raise KeyboardInterrupt
+        made.append(problem.named["sparsity"])
+        return matrix(config, problem, timer)
+
+    monkeypatch.setattr(unstructured_spmm, "measure_matrix", counted)
+    with pytest.raises(KeyboardInterrupt), Run.start("unstructured_spmm", config, root=tmp_path) as run:
+        unstructured_spmm.measure(config, run, timer)
+    with Run.start("unstructured_spmm", config, root=tmp_path) as run:
+        rows = unstructured_spmm.measure(config, run, timer)
+    assert made == [0.5, "killed", 0.8]
+    assert [(row["sparsity"], row["values"]) for row in rows] == [(0.5, "bfloat16"), (0.8, "bfloat16")]
+    for row in rows:
+        assert (row["m"], row["k"], row["n"], row["mask"]) == (48, 96, 8, "random")
+        assert row["dense_us"] == row["time_us"] == 12 and row["error"] < 5e-3 and row["bound_us"] is None
+        assert row["speedup"] == 1 and row["gbps"] > 0
+    assert rows[0]["roof"] < rows[1]["roof"]
+    text, figures = unstructured_spmm.readme({"rows": rows})
+    assert "48x96 | bfloat16 |   80% | 1.00x |" in text and figures["unstructured_spmm.png"].startswith(b"\x89PNG")
+
+
+def test_spmm_keeps_no_row_that_is_wrong(tmp_path):
+    def broken(function, arguments, iterations):
+        out, times = timer(function, arguments, iterations)
+        return [x * jnp.asarray(1.01, x.dtype) for x in out], times
+
+    with Run.start("spmm", SPMM, root=tmp_path) as run, pytest.raises(RuntimeError, match="error .* is above 0.005"):
+        unstructured_spmm.measure(SPMM, run, broken)
+
+
+def test_spmm_takes_the_layers_of_a_pruned_model(pruned):
+    config = dataclasses.replace(SPMM, source=str(pruned), value_dtypes=("dtype", "int8"))
+    problems = {problem.named["layer"]: problem for problem in unstructured_spmm.problems(config)}
+    assert len(problems) == 6 and {problem.named["model"] for problem in problems.values()} == {"pruned"}
+    w = problems["layers.0.fc1"].make()
+    assert w.shape == (32, 32) and w.dtype == jnp.bfloat16
+    rows = unstructured_spmm.measure_matrix(config, problems["layers.0.fc1"], timer)
+    assert rows[0]["sparsity"] == pytest.approx(0.7, abs=0.05) and rows[0]["mask"] == "pruned"
+    assert [row["values"] for row in rows] == ["bfloat16", "int8"] and rows[1]["roof"] > rows[0]["roof"]
+
+
+def test_break_even_is_where_the_lines_cross():
+    def rows(*speedups: float) -> list[dict[str, Any]]:
+        return [{"n": n, "speedup": s} for n, s in zip((8, 16, 32), speedups, strict=True)]
+
+    assert unstructured_spmm.break_even(rows(1.5, 1.2, 1.0)) is None
+    assert unstructured_spmm.break_even(rows(1.5, 1.2, 0.8)) == pytest.approx(24)
+    assert unstructured_spmm.break_even(rows(0.9, 1.2, 0.8)) == pytest.approx(24)
+    assert unstructured_spmm.break_even(rows(0.9, 0.8, 0.7)) == 0
+
+
+def test_weights_are_copied_until_they_do_not_fit_into_l2():
+    w, four = jnp.ones((250, 250, 4)), list(jnp.arange(4))  # w is a megabyte
+    assert [len(unstructured_spmm._cold(w, mb)) for mb in (0, 1, 2, 3, 90)] == [1, 1, 2, 3, 32]
+    calls = {"time_us": (lambda copies, x: copies, four[1:]), "dense_us": (lambda copies, x: copies, four[:1])}
+    outputs, us = unstructured_spmm._interleaved(calls, w, timer)  # 12 us a call, whatever is in it
+    assert outputs == {"time_us": 1, "dense_us": 0} and us == {"time_us": 4, "dense_us": 12}
+
+
+def test_flash_llm_has_twelve_shapes():
+    assert len(set(unstructured_spmm.FLASH_LLM)) == 12
+    assert {"21504x7168", "7168x28672", "36864x9216", "12288x12288"} < set(unstructured_spmm.FLASH_LLM)
+
+
+# opt_decode_pruned
+
+
+def test_decoding_is_measured_dense_and_compressed(tmp_path, capsys):
+    assert main(["opt_decode_pruned", "--smoke", "--runs", str(tmp_path)]) == 0
+    folder = next((tmp_path / "opt_decode_pruned").iterdir())
+    dense, sparse = (json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines())
+    assert (dense["variant"], dense["sparsity"]) == ("dense", 0) and dense["error"] is None
+    assert (sparse["variant"], sparse["sparsity"]) == ("unstructured", 0.7) and sparse["error"] < 1e-5
+    for row in (dense, sparse):
+        assert row["model"] == "opt-tiny" and row["batch"] == 2 and row["weights"] == "random"
+        assert row["tokens_per_second"] == pytest.approx(2e3 / row["time_ms"], rel=0.01)
+        assert row["transformers_time_ms"] is None and row["memory_gib"] >= row["weights_gib"]
+    assert (folder / "opt_decode_pruned.png").exists() and "| opt-tiny |   70% |" in capsys.readouterr().out
+
+
+def test_a_random_model_is_never_dense_as_a_whole(monkeypatch):
+    config = OPTConfig(vocab_size=64, layers=1, d_model=32, heads=2, d_ff=32, max_length=64)
+    alive, convert = [], opt_decode_pruned.UnstructuredLinear.from_linear
+
+    def counted(linear):
+        layer = convert(linear)
+        kernels = [x for x in jax.live_arrays() if x.shape == (32, 32)]
+        alive.append(len(kernels))
+        return layer
+
+    before = sum(x.shape == (32, 32) for x in jax.live_arrays())
+    monkeypatch.setattr(opt_decode_pruned.UnstructuredLinear, "from_linear", counted)
+    model = opt_decode_pruned.random_opt(config, 0.7, jax.random.key(0))
+    layers = dict(compressed_layers(model))
+    assert len(layers) == len(alive) == 6 and max(alive) <= before + 1
+    share = [np.mean(np.asarray(layer.weights.to_dense()) == 0) for layer in layers.values()]
+    assert np.mean(share) == pytest.approx(0.7, abs=0.02)
+    dense = opt_decode_pruned.random_opt(config, 0.0, jax.random.key(0))
+    assert not list(compressed_layers(dense)) and (np.asarray(dense.layers[0].fc1.kernel[...]) != 0).all()
+
+
+def test_a_pruned_model_is_measured_as_it_is_and_compressed(pruned, monkeypatch):
+    monkeypatch.setattr(opt_decode_pruned, "token_ms", lambda *arguments: 1.0)
+    config = dataclasses.replace(DECODE, source=str(pruned))
+    dense, sparse = opt_decode_pruned.measure_model(config, str(pruned), None)
+    assert dense["variant"] == "dense" and sparse["variant"] == "unstructured"
+    assert sparse["sparsity"] == pytest.approx(0.7, abs=0.05) and sparse["error"] < 1e-5
+    assert dense["model"] == sparse["model"] == "pruned" and dense["weights"] == "pruned"
+
+
+def test_what_does_not_fit_is_said_and_not_made(monkeypatch, capsys):
+    monkeypatch.setattr(opt_decode_pruned.memory, "capacity", lambda: 2 * 2**30)
+    monkeypatch.setattr(opt_decode_pruned, "random_opt", None)
+    config = dataclasses.replace(DECODE, dtype="bfloat16")
+    (row,) = opt_decode_pruned.measure_model(config, "1.3b", 0.0)
+    assert row["memory_gib"] == pytest.approx(2 * 1.316e9 / 2**30, rel=0.01) and "time_ms" not in row
+    assert "1.3b at 0% needs 2 of 2 GiB: left out" in capsys.readouterr().out
+    pruned = opt_decode_pruned.bytes_needed(opt_decode_pruned.sizes(config, "1.3b"), 0.7)
+    blocks = 24 * 12 * 2048**2  # all other parameters stay dense
+    assert pruned == pytest.approx(2 * (1.316e9 - blocks) + 1.1 * (0.6 + 1 / 8) * blocks, rel=0.01)
+    text, _ = opt_decode_pruned.readme({"rows": [row]})
+    assert "| opt-1.3b |    0% |     2 |          – |" in text
+
+
+def test_the_largest_batch_is_reckoned_from_bytes(monkeypatch):
+    model = opt_decode_pruned.random_opt(opt_decode_pruned.sizes(DECODE, "tiny"), 0.0, jax.random.key(0))
+    monkeypatch.setattr(opt_decode_pruned, "token_ms", lambda *arguments: 1.0)
+    rows = []
+    for batch in (2, 4):
+        monkeypatch.setattr(opt_decode_pruned.memory, "capacity", lambda: 2**28)
+        rows.append(opt_decode_pruned._measure(DECODE, model, {"model": "m", "variant": "dense"}, batch))
+    per_row = 2 * 20 * 32 * 4  # keys and values of 20 slots of 32 float32
+    parameters = sum(x.nbytes for x in jax.tree.leaves(nnx.state(model)))
+    for row in rows:
+        assert 0.1 * (2**28 - parameters) / per_row < row["largest_batch"] < (2**28 - parameters) / per_row
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("unstructured_spmm", ["--shapes", "28672"], 'a shape is "MxK"'),
+        ("unstructured_spmm", ["--sparsities", "1.5"], "sparsities 0 to 1"),
+        ("unstructured_spmm", ["--ns", "0"], "ns must be at least 1"),
+        ("unstructured_spmm", ["--dtype", "float64"], "dtype must be of bfloat16, float16; got float64"),
+        ("unstructured_spmm", ["--value-dtypes", "int4"], "value_dtypes must be of dtype, int8"),
+        ("opt_decode_pruned", ["--models", "14b"], "models must be some of tiny, 125m"),
+        ("opt_decode_pruned", ["--sparsities", "70"], "sparsities must be 0 to 1"),
+        ("opt_decode_pruned", ["--batches", "0"], "batches must be at least 1"),
+        ("opt_decode_pruned", ["--context", "126"], "context and steps must fit into the 128 positions of tiny"),
+    ],
+)
+def test_what_cannot_be_asked_is_refused_at_once(name, options, message, tmp_path, capsys):
+    assert main([name, "--smoke", "--runs", str(tmp_path), *options]) == 1
+    assert message in capsys.readouterr().err
+    assert not list((tmp_path / name).iterdir())
+
+
+# transformers
+
+JOB = decode_peers.Decoding(config={"vocab_size": 64}, dtype="float32", batches=(2,), context=4, steps=2, repeats=1)
+
+
+def test_without_torch_the_columns_of_transformers_stay_empty(monkeypatch, capsys):
+    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
+    assert decode_peers.measure(JOB) == {}
+    assert "torch is not installed" in capsys.readouterr().out
+
+
+def test_the_peer_s_process_answers(tmp_path, monkeypatch):
+    (tmp_path / "torch.py").write_text("class cuda:\n    is_available = staticmethod(lambda: False)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert decode_peers.measure(JOB) == {}
+
+
+@pytest.mark.gpu
+def test_transformers_decodes():
+    pytest.importorskip("transformers")
+    fields = opt_decode_pruned.ARCHITECTURE.write_config(opt_decode_pruned.sizes(DECODE, "tiny"))
+    row = decode_peers.measure(dataclasses.replace(JOB, config=fields))
+    assert math.isfinite(row["2_time_ms"]) and row["2_memory_gib"] > 0
