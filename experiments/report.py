@@ -5,7 +5,7 @@
 
 A block `<!-- report:NAME -->` ... `<!-- /report:NAME -->` of README holds the kept results of the experiment NAME, one
 for each device. An experiment that defines `readme(result) -> (markdown, figures)`, with figures a dict of file name
-to bytes, decides what to show and how; for any other, the rows are shown as one table.
+to bytes, decides what to show and how; for any other, the rows are shown as one table. Long tables are folded.
 """
 
 import ast
@@ -19,6 +19,7 @@ from typing import Any
 from experiments import runs
 
 ROOT = Path(__file__).parents[1]
+LONG_TABLE = re.compile(r"(?:^\|.*(?:\n|\Z)){19,}", re.MULTILINE)  # two lines of it are its header
 BLOCK = re.compile(r"(<!-- report:(\w+) -->\n).*?(<!-- /report:\2 -->)", re.DOTALL)
 
 
@@ -80,7 +81,7 @@ def render(readme: str, results: Path, root: Path) -> tuple[str, dict[Path, byte
                 paths = {results / device / name: content for name, content in drawn.items()}
                 images = [f"![{p.stem.replace('_', ' ')}]({p.relative_to(root, walk_up=True)})\n" for p in paths]
                 figures.update(paths)
-                parts.append("\n".join([_caption(result), *images, markdown + "\n"]))
+                parts.append("\n".join([_caption(result), *images, _folded(markdown + "\n")]))
         if not parts:
             raise ValueError(
                 f"README has a block for {match[2]}, of which {results} holds no result: keep one (--keep)"
@@ -99,6 +100,16 @@ def _show(experiment: str, result: dict[str, Any]) -> tuple[str, dict[str, bytes
     columns = list(dict.fromkeys(name for row in result["rows"] for name in row))
     cells = [[_cell(row.get(name)) for name in columns] for row in result["rows"]]
     return runs.markdown_table(cells, columns), {}
+
+
+def _folded(markdown: str) -> str:
+    """Long tables behind a line to click on: figures come first."""
+
+    def fold(table: re.Match[str]) -> str:
+        rows = table[0].count("\n") - 2
+        return f"<details><summary>All {rows} rows</summary>\n\n{table[0]}\n</details>\n"
+
+    return LONG_TABLE.sub(fold, markdown)
 
 
 def _cell(value: Any) -> str:
