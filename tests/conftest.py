@@ -1,6 +1,8 @@
 """What every test runs under: shapes checked, no silent promotion, CPU unless the GPU is asked for."""
 
+import gc
 import os
+from pathlib import Path
 
 import hypothesis
 import jax
@@ -12,6 +14,9 @@ PACKAGES = ("sparsellm", "pallas_kernels", "models", "experiments")
 
 # Before any of them is imported: every jaxtyping annotation in them is checked at call time.
 install_import_hook(PACKAGES, "beartype.beartype")
+
+MAPS = Path("/proc/self/maps")
+MOST_MAPS = 25_000  # a compiled program takes some, and a process may have 65,530: past that, LLVM ends with a fault
 
 hypothesis.settings.register_profile("sparsellm", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("sparsellm")
@@ -48,6 +53,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     elif _asks_for_gpu(config) and jax.default_backend() != "gpu":
         for item in items:
             item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU that jax can use"))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_programs():
+    """Drops what was compiled once there is much of it."""
+    yield
+    if MAPS.exists() and MAPS.read_text().count("\n") > MOST_MAPS:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture

@@ -309,6 +309,9 @@ class Gmem:
     def load(self, index):
         return Int(self.flat[number(index)].astype(np.int64))
 
+    def prefetch(self, index):
+        assert (number(index) >= 0).all() and (number(index) < self.flat.size).all()
+
     def store(self, index, value):
         threads = lanes.BLOCK.threads[lanes.BLOCK.active[-1]]
         places = number(index)[threads]

@@ -13,6 +13,7 @@ MAX_N = 64
 TILE_N = 8  # columns of an mma
 ROW_BYTES = 2 * layout.STREAMS
 X_BYTES = 32 * 1024  # of a stage of x; there are two
+SMS = 132  # of an H200: what the heuristic counts with
 RESERVED = 2048  # bytes of shared memory for barriers
 
 
@@ -55,12 +56,23 @@ def stage_blocks(tiles: int) -> int:
 
 
 def candidates(weights, x, bias=None, activation: str | None = None) -> list[Config]:
-    """Configs worth timing for these arguments (shapes are enough); the heuristic's choice comes first."""
-    del weights, bias, activation
+    """Configs worth timing for these arguments (shapes are enough); the heuristic's choice comes first.
+
+    That is the widest block which leaves about as few multiprocessors idle as any.
+    """
+    del bias, activation
+    strips, blocks, _ = weights.masks.shape
     wide, narrow = Config(warpgroups=2, strips=2), Config()
     first = (narrow, wide) if x.shape[1] <= TILE_N else (wide, narrow)
     fewer = [Config(warpgroups=groups, pieces=pieces) for groups, pieces in ((3, 4), (2, 4), (2, 8), (1, 8))]
-    return [*first, *fewer, Config(warpgroups=1, strips=2, pieces=8)]
+    wanted = [*first, *fewer, Config(warpgroups=1, strips=2, pieces=8)]
+
+    def busiest(config: Config) -> int:
+        """Strips times sections of the multiprocessor that has most to do."""
+        return pl.cdiv(layout.sections(blocks) * pl.cdiv(strips, config.rings), SMS) * config.rings
+
+    least = max(min(map(busiest, wanted)), 1)
+    return sorted(wanted, key=lambda config: round(busiest(config) / least, 1))  # stable: of equals, the widest first
 
 
 def check_support(weights, x, devices: tuple[str, ...] | None) -> None:

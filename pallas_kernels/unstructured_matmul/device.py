@@ -14,7 +14,8 @@ from pallas_kernels.unstructured_matmul.config import ROW_BYTES, TILE_N
 from pallas_kernels.unstructured_matmul.division import Part, Work
 from pallas_kernels.unstructured_matmul.pipelines import LAG_PIECES, PIECE_BYTES, X_TILE_BYTES, Ring, Stages
 
-MASKS_AHEAD = 4  # blocks whose mask words are under way
+MASKS_AHEAD = 2  # blocks whose mask words are in registers
+LINES_AHEAD = 10  # and on their way to L2
 STATE = MASKS_AHEAD + 4  # values that a strip carries from block to block
 REGISTERS = 4  # of an accumulator
 
@@ -138,13 +139,19 @@ class Strip:
         return self.masks.load(self.first_word + block * ln.WARP)
 
     def state(self, blocks: Int) -> list[Int]:
-        """What changes from block to block: words under way, both streams, the furthest one, pieces copied."""
+        """What changes from block to block: the next words, both streams, the furthest one, pieces copied."""
         words = [self.word(ln.minimum(ln.constant(i), blocks - 1)) for i in range(MASKS_AHEAD)]
         return [*words, self.even, self.odd, self.top, self.ring.ready_for(self.top)]
 
-    def decode(self, state: list[Int], next_word: Int) -> tuple[list[Int], list[Int]]:
-        """A block's registers, and the state after it; has another piece copied, and waits for what the block needs."""
-        *words, even, odd, top, issued = [*state[:MASKS_AHEAD], next_word, *state[MASKS_AHEAD:]]
+    def decode(self, state: list[Int], block: Int, last: Int) -> tuple[list[Int], list[Int]]:
+        """The registers of a block, and the state after it; has another piece copied, and waits for what it needs.
+
+        Args:
+            state: before it.
+            block: its number in the part.
+            last: that of the part's last block.
+        """
+        *words, even, odd, top, issued = state
         word, halves = words[0], (words[0], words[0] >> 1)
         ends = [x + ln.popcount(bits & EVEN_ONES) * ROW_BYTES for x, bits in zip((even, odd), halves, strict=True)]
         end, ready = ln.warp_max(ln.maximum(*ends)), self.ring.ready_for(top)
@@ -152,6 +159,10 @@ class Strip:
         with ln.when((ln.thread() % ln.WARP).equals(0) & (issued < ready)):
             self.ring.copy(issued)
         self.ring.wait(self.ring.needed_before(end))
+        # Not earlier: the compiler moves what is carried on to its register where the wait begins, and would wait for
+        # the load there. (Seen in the SASS of the same loop in CUDA C++.)
+        words.append(self.word(ln.minimum(block + MASKS_AHEAD, last)))
+        self.masks.prefetch(self.first_word + ln.minimum(block + LINES_AHEAD, last) * ln.WARP)
         registers = decode(word, self.ring.place(even), self.ring.place(odd))
         return registers, [*words[1:], *ends, end, ready]
 
@@ -162,9 +173,8 @@ def _multiply_strips(work: Work, strips: list[Strip], stages: Stages) -> list[li
     states, sums = (STATE * len(strips), REGISTERS * work.tiles)
 
     def multiply_block(number, place, carry):
-        ahead = ln.minimum(number + MASKS_AHEAD, stages.blocks - 1)  # past the end any will do
-        next_words = [strip.word(ahead) for strip in strips]
-        decoded = [strip.decode(carry[STATE * i : STATE * (i + 1)], next_words[i]) for i, strip in enumerate(strips)]
+        last = stages.blocks - 1
+        decoded = [strip.decode(carry[STATE * i : STATE * (i + 1)], number, last) for i, strip in enumerate(strips)]
         accs = list(carry[states:])
         for tile in range(work.tiles):
             of_tile = place + (tile * X_TILE_BYTES) + lane * 16
