@@ -6,10 +6,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
+from pallas_kernels.decode_attention import decode_attention
+from pallas_kernels.micro_tile_index import compact
 from pallas_kernels.tile.device import device_kind
 from sparsellm.packing import Packing
+from sparsellm.sharding import TENSOR_PARALLEL
 
 CUDNN_DEVICES = ("NVIDIA A100", "NVIDIA H100", "NVIDIA H200", "NVIDIA GH200", "NVIDIA B200")
 
@@ -62,7 +66,8 @@ class Places(NamedTuple):
         positions: how many real tokens of its sequence come before each token, so that padding shifts nothing.
         visible: True where a token of the padded batch may look at a key: at a slot of the cache, or at a token of the
             batch if nothing precedes them.
-        lengths: tokens of each row, if all that `visible` hides is what comes later or after them; else None.
+        lengths: tokens of each row, or slots in use with the new ones, if all that `visible` hides is what comes later
+            or after them; else None.
         filled: slots of each row in use, with the new ones; None without a cache.
         packing: where packed tokens belong; None for a padded batch.
     """
@@ -73,6 +78,11 @@ class Places(NamedTuple):
     lengths: Int[Array, " batch"] | None
     filled: Int[Array, " batch"] | None
     packing: Packing | None
+
+    @property
+    def decoding(self) -> bool:
+        """Whether there is one new token a row, behind those of a cache."""
+        return self.filled is not None and self.packing is None and self.positions.shape[1] == 1
 
 
 def place_tokens(
@@ -108,7 +118,8 @@ def place_tokens(
     if cache is not None and packing is not None:
         filled = jnp.where(counts > 0, counts, cache.filled)
     elif cache is not None:
-        filled, positions, lengths = cache.filled + counts, cache.filled[:, None] + positions, None
+        lengths = filled = cache.filled + counts
+        positions = cache.filled[:, None] + positions
         key_positions = jnp.arange(cache.keys[0].shape[1], dtype=jnp.int32)[None]
         visible = jnp.ones((len(real), 1, key_positions.shape[1]), bool)
     if causal:
@@ -176,8 +187,9 @@ def attend(
     *,
     bias: Float[Array, "#batch heads length keys"] | None = None,
     scale: float | None = None,
+    listed: Bool[Array, "batch kv_heads"] | None = None,
 ) -> Float[Array, "rows columns heads head_dim"]:
-    """Softmax attention to the visible keys: by cuDNN where lengths say which those are, else by XLA.
+    """Softmax attention to the visible keys: by `decode_attention`, by cuDNN where lengths say which are, or by XLA.
 
     Args:
         q: queries of the new tokens, padded or packed.
@@ -186,10 +198,21 @@ def attend(
         places: of the new tokens.
         bias: added to the scores of the padded batch, in float32.
         scale: what scores are multiplied by; None for 1 / sqrt(head_dim).
+        listed: while decoding, without a bias or a window: the heads whose keys and values are read, for each row; the
+            others give zeros. None for all.
+
+    Raises:
+        ValueError: heads are listed elsewhere.
     """
+    lengths = places.lengths if bias is None else None
+    if listed is not None:
+        if lengths is None or not places.decoding:
+            raise ValueError("heads can be listed only for one token a row behind a cache, without a bias or a window")
+        return _decode(q, k, v, lengths, listed, scale)
     q = padded(q, places.packing)
-    if places.lengths is not None and bias is None and _cudnn_takes(q):
-        lengths = jnp.maximum(places.lengths, 1)  # of a sequence without tokens, one that nobody reads
+    follow = places.filled is not None and places.packing is None  # what a cache holds
+    if lengths is not None and not follow and _cudnn_takes(q):
+        lengths = jnp.maximum(lengths, 1)  # of a sequence without tokens, one that nobody reads
         out = jax.nn.dot_product_attention(
             q,
             k,
@@ -209,6 +232,20 @@ def _cudnn_takes(q: Float[Array, "batch length heads head_dim"]) -> bool:
     """Whether cuDNN's flash attention is there for these queries."""
     head_dim = q.shape[-1]
     return q.dtype.itemsize == 2 and head_dim % 8 == 0 and head_dim <= 128 and device_kind().startswith(CUDNN_DEVICES)
+
+
+def _decode(q, k, v, lengths, listed, scale: float | None) -> Float[Array, "batch 1 heads head_dim"]:
+    """`decode_attention` of listed heads; where heads are cut over devices, each computes its own."""
+
+    def of_heads(q, k, v, lengths, listed):
+        return decode_attention(q[:, 0], k, v, lengths, *compact(listed), scale=scale)[:, None]
+
+    mesh, axis = jax.sharding.get_abstract_mesh(), TENSOR_PARALLEL["heads"]
+    if axis in mesh.axis_names and mesh.shape[axis] > 1 and k.shape[2] % mesh.shape[axis] == 0:
+        cut, whole = PartitionSpec(None, None, axis), PartitionSpec()
+        in_specs = (cut, cut, cut, whole, PartitionSpec(None, axis))
+        of_heads = jax.shard_map(of_heads, mesh=mesh, in_specs=in_specs, out_specs=cut)
+    return of_heads(q, k, v, lengths, listed)
 
 
 def _masked_attention(q, k, v, visible, bias, scale: float | None):

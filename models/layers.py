@@ -3,11 +3,15 @@
 `config` is any model's: its `dtype` is computed in, its `param_dtype` kept, its `init_std` the initial weights' spread.
 """
 
+import functools
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float
+from jax import lax
+from jaxtyping import Array, Float, Int
 
 from sparsellm.sharding import sharded
 
@@ -41,19 +45,57 @@ def embed(
     axes: tuple[str, str],
     *,
     init: nnx.Initializer | None = None,
+    dtype: str | None = None,
     rngs: nnx.Rngs,
-) -> nnx.Embed:
-    """A table of vectors; a row outside it is NaN."""
-    # Rows are looked up in the parameters' dtype and cast after: casting first would copy the whole table.
-    return nnx.Embed(
+) -> "Embed":
+    """A table of vectors, which are given in `dtype` (None for what is computed in)."""
+    return Embed(
         rows,
         features,
-        dtype=jnp.dtype(config.param_dtype),
+        dtype=jnp.dtype(dtype or config.dtype),
         param_dtype=jnp.dtype(config.param_dtype),
         embedding_init=init or nnx.initializers.normal(config.init_std),
         embedding_metadata=sharded(*axes),
         rngs=rngs,
     )
+
+
+class Embed(nnx.Embed):
+    """A table of vectors; a row outside it is NaN."""
+
+    def __call__(self, inputs: Int[Array, "*ids"], out_sharding: Any = None) -> Float[Array, "*ids features"]:
+        del out_sharding  # of nnx.Embed: the models here leave it to XLA
+        return _look_up(self.embedding[...], inputs, jnp.dtype(self.dtype))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _look_up(table: Float[Array, "rows features"], ids: Int[Array, "*ids"], dtype: Any):
+    """Rows of a table, cast after they are read: casting first would copy the whole table.
+
+    The gradient is a product with one-hot rows. It would be a scatter, whose atomic sums come out another way each time
+    on a GPU, and which XLA, told to be deterministic, does one row after the other: some 10 us each.
+    """
+    return jnp.take(table, ids, axis=0).astype(dtype)
+
+
+def _look_up_forward(table, ids, dtype):
+    return _look_up(table, ids, dtype), (table, ids)
+
+
+def _look_up_backward(dtype, residuals, g):
+    table, ids = residuals
+    one_hot = jax.nn.one_hot(ids.reshape(-1), table.shape[0], dtype=dtype)
+    total = lax.dot_general(
+        one_hot,
+        g.reshape(-1, g.shape[-1]),
+        (((0,), (0,)), ((), ())),
+        precision=lax.Precision.HIGHEST,
+        preferred_element_type=jnp.float32,
+    )
+    return total.astype(table.dtype), np.zeros(ids.shape, jax.dtypes.float0)
+
+
+_look_up.defvjp(_look_up_forward, _look_up_backward)
 
 
 class RMSNorm(nnx.RMSNorm):

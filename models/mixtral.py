@@ -224,7 +224,7 @@ class Mixtral(nnx.Module):
         if mask is None and packing is None and tokens.shape[1] > self.config.max_length:
             raise ValueError(f"length must be at most max_length={self.config.max_length}; got {tokens.shape[1]}")
         places = place_tokens(tokens, mask, packing, cache, window=self.config.sliding_window)
-        x = self.embed_tokens(tokens).astype(jnp.dtype(self.config.dtype))
+        x = self.embed_tokens(tokens)
         layer = lambda i, x, slots: self.layers[i](x, places, slots)  # noqa: E731
         x, new_cache = run_layers(layer, len(self.layers), x, places, cache)
         x = self.norm(x)

@@ -155,7 +155,11 @@ class LayerNorm(nnx.LayerNorm):
 
 
 class Attention(nnx.Module):
-    """Causal self-attention."""
+    """Causal self-attention, while decoding by the heads that a predictor names, if there is one.
+
+    What is skipped of the others is to read their keys and values; their output is zero. All projections are computed:
+    a later token may need a head's key and value, and rows of a batch differ in their heads.
+    """
 
     def __init__(self, config: OPTConfig, heads: int, *, rngs: nnx.Rngs):
         self.heads = heads
@@ -165,21 +169,36 @@ class Attention(nnx.Module):
         self.k_proj = linear(config, into, ("embed", "heads"), bias=True, rngs=rngs)
         self.v_proj = linear(config, into, ("embed", "heads"), bias=True, rngs=rngs)
         self.out_proj = linear(config, out, ("heads", "embed"), init=output_init(config), bias=True, rngs=rngs)
+        self.predictor: Predictor | None = nnx.data(None)
+        self.prediction: Prediction = "lists"
 
-    def __call__(self, x: Float[Array, "batch length d_model"], places: Places, slots):
+    def __call__(self, x: Float[Array, "batch length d_model"], places: Places, slots, entered=(None, None)):
         """Attends from each token to the visible slots.
 
         Args:
             x: the tokens.
             places: where they stand.
             slots: keys and values of a cache to write into, or None.
+            entered: what entered the layer before, which a predictor that looks ahead reads, and this one.
 
         Returns:
             The output, and the keys and values of all slots.
         """
         q, k, v = (proj(x).reshape(*x.shape[:2], self.heads, -1) for proj in (self.q_proj, self.k_proj, self.v_proj))
         (k, v), slots = write_slots(slots, k, v, places)
-        return self.out_proj(attend(q, k, v, places).reshape(*x.shape[:2], -1)), slots
+        needed = self._predicted(places, *entered)
+        if needed is not None and self.prediction == "lists":
+            out = attend(q, k, v, places, listed=needed[:, 0])
+        else:
+            out = attend(q, k, v, places)
+            out = out if needed is None else jnp.where(needed[..., None], out, 0)
+        return self.out_proj(out.reshape(*x.shape[:2], -1)), slots
+
+    def _predicted(self, places: Places, before, entering) -> Bool[Array, "batch length heads"] | None:
+        """Which heads each token needs, or None for all."""
+        if self.predictor is None or not (places.decoding or self.prediction == "mask_everywhere"):
+            return None
+        return self.predictor(before if self.predictor.look_ahead else entering) & places.mask[..., None]
 
 
 class DecoderLayer(FeedForward):
@@ -191,10 +210,11 @@ class DecoderLayer(FeedForward):
         super().__init__(config, layer, rngs=rngs)
         self.final_layer_norm = LayerNorm(config, relu=config.norm_relu, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "batch length d_model"], places: Places, slots):
-        """Returns the layer's output, and the keys and values of all slots."""
+    def __call__(self, x: Float[Array, "batch length d_model"], places: Places, slots, before=None):
+        """Returns the layer's output, and the keys and values of all slots; `before` entered the layer before."""
         pre_norm, entering = self.config.pre_norm, x
-        y, slots = self.self_attn(self.self_attn_layer_norm(x) if pre_norm else x, places, slots)
+        entered = x if before is None else before, x
+        y, slots = self.self_attn(self.self_attn_layer_norm(x) if pre_norm else x, places, slots, entered)
         x = x + y if pre_norm else self.self_attn_layer_norm(x + y)
         y = self.feed_forward(self.final_layer_norm(x) if pre_norm else x, places.mask, entering)
         x = x + y if pre_norm else self.final_layer_norm(x + y)
@@ -266,11 +286,15 @@ class OPT(nnx.Module):
             raise ValueError(f"length must be at most max_length={self.config.max_length}; got {tokens.shape[1]}")
         places = place_tokens(tokens, mask, packing, cache)
         positions = jnp.where(places.mask, places.positions + POSITION_OFFSET, 0)
-        dtype = jnp.dtype(self.config.dtype)
-        x = self.embed_tokens(tokens).astype(dtype)
+        x = self.embed_tokens(tokens)
         x = self.project_in(x) if hasattr(self, "project_in") else x
-        x = x + self.embed_positions(positions).astype(dtype)
-        layer = lambda i, x, slots: self.layers[i](x, places, slots)  # noqa: E731
+        x = x + self.embed_positions(positions)
+        entered = []
+
+        def layer(i, x, slots):
+            entered.append(x)
+            return self.layers[i](x, places, slots, entered[max(i - 1, 0)])
+
         x, new_cache = run_layers(layer, len(self.layers), x, places, cache)
         x = self.final_layer_norm(x) if self.config.pre_norm else x
         return x, None if cache is None else new_cache
@@ -294,16 +318,24 @@ class OPT(nnx.Module):
         )
 
 
-def with_predictors(model: OPT, predictors: Sequence[Predictor | None], prediction: Prediction = "lists") -> OPT:
-    """The same parameters, of which predicted neurons alone are computed while decoding.
+def with_predictors(
+    model: OPT,
+    predictors: Sequence[Predictor | None] | None,
+    prediction: Prediction = "lists",
+    *,
+    head_predictors: Sequence[Predictor | None] | None = None,
+) -> OPT:
+    """The same parameters, of which predicted neurons and heads alone are computed while decoding.
 
     Args:
         model: the model; what it has learned is shared, not copied. "lists" reads rows of fc1: if the model is not
             `neuron_major`, all of fc1 is transposed for them at every step.
-        predictors: of each layer; None computes all its neurons.
+        predictors: of each layer's neurons; None computes all.
         prediction: "lists": calls with one token a row, and at most 32 rows, read only the neurons that are predicted
             for any of these tokens. "mask": such calls compute all, and leave out what "lists" would: a simulation.
             "mask_everywhere": every call leaves out what is not predicted for each token itself, to measure quality.
+        head_predictors: likewise of heads, of each row its own, in calls with one token a row behind a cache. They see
+            what enters the layer or, with `look_ahead`, the one before.
 
     Raises:
         ValueError: the predictors are of another model, `prediction` is unknown, or `neuron_ffn` does not know the
@@ -312,20 +344,34 @@ def with_predictors(model: OPT, predictors: Sequence[Predictor | None], predicti
     config = model.config
     if prediction not in PREDICTIONS:
         raise ValueError(f"prediction must be one of {', '.join(PREDICTIONS)}; got {prediction!r}")
-    if prediction == "lists" and (config.activation not in LISTED or config.gated or config.thresholds is not None):
+    of_neurons = predictors is not None
+    listed = config.activation in LISTED and not config.gated and config.thresholds is None
+    if prediction == "lists" and of_neurons and not listed:
         got = f"activation={config.activation!r}, gated={config.gated}, thresholds={config.thresholds}"
         raise ValueError(f'prediction "lists" takes {", ".join(LISTED)}, without gate and thresholds; got {got}')
-    if len(predictors) != config.layers:
-        rule = f"predictors must be one, or None, for each of {config.layers} layers"
-        raise ValueError(f"{rule}; got {len(predictors)}: those of another model")
+    heads, neurons = zip(*(config.sizes(i) for i in range(config.layers)), strict=True)
+    predictors = _fitting(config, "predictor", predictors, neurons, "neurons")
+    head_predictors = _fitting(config, "head_predictor", head_predictors, heads, "heads")
     predicted = nnx.merge(*nnx.split(model))
-    for i, (layer, predictor) in enumerate(zip(predicted.layers, predictors, strict=True)):
-        sizes = config.d_model, config.sizes(i)[1]
-        if predictor is not None and (predictor.d_model, predictor.neurons) != sizes:
-            got = f"{predictor.d_model} and {predictor.neurons}: a predictor of another model"
-            raise ValueError(f"predictor {i} must be of d_model={sizes[0]} and {sizes[1]} neurons; got {got}")
+    for layer, predictor, head_predictor in zip(predicted.layers, predictors, head_predictors, strict=True):
         layer.predictor, layer.prediction = nnx.data(predictor), prediction
+        layer.self_attn.predictor, layer.self_attn.prediction = nnx.data(head_predictor), prediction
     return predicted
+
+
+def _fitting(
+    config: OPTConfig, name: str, predictors: Sequence[Predictor | None] | None, widths: Sequence[int], things: str
+) -> Sequence[Predictor | None]:
+    """The predictors of a model's layers, if that is what they are."""
+    predictors = [None] * config.layers if predictors is None else predictors
+    if len(predictors) != config.layers:
+        rule = f"{name}s must be one, or None, for each of {config.layers} layers"
+        raise ValueError(f"{rule}; got {len(predictors)}: those of another model")
+    for i, (predictor, width) in enumerate(zip(predictors, widths, strict=True)):
+        if predictor is not None and (predictor.d_model, predictor.neurons) != (config.d_model, width):
+            got = f"{predictor.d_model} and {predictor.neurons}: a predictor of another model"
+            raise ValueError(f"{name} {i} must be of d_model={config.d_model} and {width} {things}; got {got}")
+    return predictors
 
 
 def with_sparse_rows(model: OPT, sparse_rows: int | None | Sequence[int | None]) -> OPT:

@@ -188,7 +188,9 @@ class Stack(nnx.Module):
         step = config.decoder_sparse_step if decoder else config.encoder_sparse_step
         init = nnx.initializers.normal(config.d_model**-0.5)
         table = (config.position_buckets, config.heads)
-        self.relative_attention_bias = embed(config, *table, ("buckets", "bias_heads"), init=init, rngs=rngs)
+        self.relative_attention_bias = embed(
+            config, *table, ("buckets", "bias_heads"), init=init, dtype=config.param_dtype, rngs=rngs
+        )
         self.block = nnx.List(
             [Block(config, decoder=decoder, sparse=step > 0 and i % step == 1 % step, rngs=rngs) for i in range(layers)]
         )
@@ -263,7 +265,7 @@ class SwitchTransformer(nnx.Module):
         places = place_tokens(tokens, mask, packing, causal=False)
         columns = jnp.arange(places.visible.shape[-1])
         bias = self.encoder.position_bias(columns[None], columns)
-        x = self.shared(tokens).astype(self.config.dtype)
+        x = self.shared(tokens)
         for block in self.encoder.block:
             x, _ = block(x, places, bias)
         return self.encoder.final_layer_norm(x)
@@ -308,7 +310,7 @@ class SwitchTransformer(nnx.Module):
         follow = cache is not None and packing is None  # else they see each other, by their columns
         queries = places.positions if follow else jnp.arange(length)[None]
         bias = self.decoder.position_bias(queries, jnp.arange(keys))
-        x = self.shared(tokens).astype(self.config.dtype)
+        x = self.shared(tokens)
 
         def layer(i, x, slots):
             read = (memory.keys[i], memory.values[i], memory.mask)

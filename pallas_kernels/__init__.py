@@ -1,5 +1,6 @@
 """GPU kernels as plain JAX functions. `python -m pallas_kernels list` says which."""
 
+from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.gather_matmul import gather_matmul
 from pallas_kernels.grouped_matmul import grouped_matmul
 from pallas_kernels.grouped_outer import grouped_outer
@@ -20,6 +21,7 @@ KERNELS = (
     "grouped_matmul",
     "grouped_outer",
     "neuron_ffn",
+    "decode_attention",
     "micro_tile_index",
     "route",
     "unstructured_matmul",
@@ -30,6 +32,7 @@ __all__ = [
     "MicroTileIndex",
     "Routing",
     "UnstructuredWeights",
+    "decode_attention",
     "gather_matmul",
     "grouped_matmul",
     "grouped_outer",

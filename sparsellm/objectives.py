@@ -26,7 +26,10 @@ def next_token_loss(
     mask: Bool[Array, "batch length"] | None = None,
 ) -> Float[Array, ""]:
     """Mean cross-entropy in nats a token, over the targets that `mask` keeps (0 where it keeps none)."""
-    nats = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), targets)
+    logits = logits.astype(jnp.float32)
+    # Selected, not gathered: the gradient of that is a scatter, which XLA, told to be deterministic, does one by one.
+    is_target = jnp.arange(logits.shape[-1], dtype=targets.dtype)[None, None] == targets[..., None]
+    nats = jax.nn.logsumexp(logits, axis=-1) - jnp.where(is_target, logits, 0.0).sum(axis=-1)
     if mask is None:
         return nats.mean()
     return jnp.where(mask, nats, 0.0).sum() / jnp.maximum(mask.sum(dtype=jnp.int32), 1).astype(jnp.float32)

@@ -50,8 +50,22 @@ def model():
     return make()
 
 
-def numpy_logits(model: OPT, rows: list[list[int]], masks) -> list[np.ndarray]:
-    """Logits of the last token of each row by float64 numpy; neurons outside of `masks[layer]` are silent for it."""
+def head_predictors(model: OPT, kind: str) -> list[LowRankPredictor | None]:
+    """Of "all" heads, of "none", or of a "random" half; layer 1's sees what enters layer 0, as layer 0's does."""
+    rng = np.random.default_rng(3)
+    shapes = (16, 3), (3, model.config.heads)
+    arrays = [[jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes] for _ in model.layers]
+    threshold = {"all": -np.inf, "none": np.inf, "random": 0.0}[kind]
+    return [
+        LowRankPredictor.from_arrays(*pair, threshold=threshold, look_ahead=i == 1) for i, pair in enumerate(arrays)
+    ]
+
+
+def numpy_logits(model: OPT, rows: list[list[int]], masks, heads=None) -> list[np.ndarray]:
+    """Logits of the last token of each row by float64 numpy.
+
+    For it, neurons outside of `masks[layer]` are silent, and so are heads outside of `heads[layer][row]`.
+    """
     p = {path: np.asarray(v[...], np.float64) for path, v in nnx.to_flat_state(nnx.state(model, nnx.Param))}
 
     def get(*path):
@@ -62,7 +76,7 @@ def numpy_logits(model: OPT, rows: list[list[int]], masks) -> list[np.ndarray]:
         return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5) * get(*path, "scale") + get(*path, "bias")
 
     out = []
-    for tokens in rows:
+    for row, tokens in enumerate(rows):
         n = len(tokens)
         x = get("embed_tokens", "embedding")[tokens] + get("embed_positions", "embedding")[2 : 2 + n]
         for i in range(model.config.layers):
@@ -78,8 +92,13 @@ def numpy_logits(model: OPT, rows: list[list[int]], masks) -> list[np.ndarray]:
             scores = np.where(np.tril(np.ones((n, n), bool)), scores, -np.inf)
             weights = np.exp(scores - scores.max(-1, keepdims=True))
             weights /= weights.sum(-1, keepdims=True)
-            y = np.einsum("hqk,khd->qhd", weights, v).reshape(n, -1)
-            x = x + y @ get(*at, "self_attn", "out_proj", "kernel") + get(*at, "self_attn", "out_proj", "bias")
+            y = np.einsum("hqk,khd->qhd", weights, v)
+            y[-1] *= 1 if heads is None else heads[i][row][:, None]
+            x = (
+                x
+                + y.reshape(n, -1) @ get(*at, "self_attn", "out_proj", "kernel")
+                + get(*at, "self_attn", "out_proj", "bias")
+            )
             y = norm(x, *at, "final_layer_norm")
             h = np.maximum(y @ get(*at, "fc1", "weight").T + get(*at, "fc1", "bias"), 0)
             h[-1] *= masks[i]
@@ -126,6 +145,87 @@ def test_a_batch_computes_the_union_of_what_its_rows_need(model, kind, predictio
     assert 0 < union.sum() < 48 if kind == "random" else not union.any()
     masks = [union, np.full(48, kind == "random")]
     np.testing.assert_allclose(logits, numpy_logits(model, rows, masks), atol=2e-4)
+
+
+@pytest.fixture(scope="module")
+def four_heads():
+    return make(dataclasses.replace(CONFIG, heads=4))
+
+
+def head_lists(model: OPT, tokens, position: int) -> list[np.ndarray]:
+    """Of each layer, which heads the "random" predictors name for these tokens, by numpy."""
+    tables = model.embed_tokens.embedding[...][np.array(tokens)], model.embed_positions.embedding[2 + position]
+    entering = np.asarray(tables[0], np.float64) + np.asarray(tables[1], np.float64)
+    return [
+        entering @ np.asarray(p.down[...], np.float64) @ np.asarray(p.up[...], np.float64) > 0
+        for p in head_predictors(model, "random")
+        if p is not None
+    ]
+
+
+@jax.jit(static_argnums=0)
+def decode_twice(graphdef, state, prompts, last):
+    """Prompts of one length, then two tokens a row: the cache."""
+    model = nnx.merge(graphdef, state)
+    _, cache = model(prompts, cache=model.init_cache(prompts.shape[0], prompts.shape[1] + 2))
+    _, cache = model(last[:, :1], cache=cache)
+    return model(last[:, 1:], cache=cache)[1]
+
+
+def test_lists_of_all_heads_generate_the_tokens_of_dense_decoding(model):
+    dense = generate(model, PROMPTS, max_new_tokens=12, eos_id=-1)
+    listed = with_predictors(model, None, head_predictors=head_predictors(model, "all"))
+    assert dense == generate(listed, PROMPTS, max_new_tokens=12, eos_id=-1)
+
+
+@pytest.mark.parametrize("prediction", ["lists", "mask"])
+def test_each_row_attends_by_its_own_heads(four_heads, prediction):
+    """Against float64 numpy, whose other heads are silent for the last token."""
+    rows = [[2, 9, 31, 7, 5], [2, 40, 3, 3, 19], [2, 8, 8, 1, 44]]
+    lists = head_lists(four_heads, [row[-1] for row in rows], 4)
+    assert all(0 < x.sum() < x.size for x in lists) and len(np.unique(np.concatenate(lists, axis=1), axis=0)) > 1
+    predicted = with_predictors(four_heads, None, prediction, head_predictors=head_predictors(four_heads, "random"))
+    tokens = jnp.array(rows)
+    logits = decode_once(*nnx.split(predicted), tokens[:, :-1], tokens[:, -1:])
+    np.testing.assert_allclose(logits, numpy_logits(four_heads, rows, [1, 1], lists), atol=2e-4)
+
+
+def test_the_cache_of_heads_that_are_skipped_is_kept(four_heads):
+    """A head that no token reads has the keys and values it always has, so that a later token may."""
+    tokens = jnp.array([[2, 9, 31, 7, 5], [2, 40, 3, 3, 19]])
+    chosen = head_predictors(four_heads, "none")
+    chosen[1] = None
+    lists = with_predictors(four_heads, None, head_predictors=chosen)
+    expected, found = (decode_twice(*nnx.split(m), tokens[:, :3], tokens[:, 3:]) for m in (four_heads, lists))
+    for name in ("keys", "values"):
+        dense, listed = (getattr(cache, name) for cache in (expected, found))
+        np.testing.assert_allclose(listed[0], dense[0], atol=1e-6)  # layer 0 sees the same, and skips all its heads
+        assert not np.allclose(listed[1], dense[1])
+
+
+def test_everywhere_each_token_keeps_its_own_heads(four_heads):
+    """All tokens at once, under masks, as one after the other by lists."""
+    tokens = jnp.array([[2, 9, 31], [2, 40, 3]])
+    everywhere, lists = (
+        with_predictors(four_heads, None, p, head_predictors=head_predictors(four_heads, "random"))
+        for p in ("mask_everywhere", "lists")
+    )
+    step = jax.jit(lambda graphdef, *args: nnx.merge(graphdef, args[0])(args[1], cache=args[2]), static_argnums=0)
+    cache, one_by_one = four_heads.init_cache(2, 3), []
+    for i in range(3):
+        logits, cache = step(*nnx.split(lists), tokens[:, i : i + 1], cache)
+        one_by_one.append(logits)
+    run = jax.jit(lambda graphdef, state: nnx.merge(graphdef, state)(tokens), static_argnums=0)
+    np.testing.assert_allclose(run(*nnx.split(everywhere)), jnp.concatenate(one_by_one, axis=1), atol=1e-4)
+
+
+def test_predictors_of_heads_of_another_model_are_refused(four_heads):
+    fitting = head_predictors(four_heads, "all")
+    with pytest.raises(ValueError, match="head_predictors must be one, or None, for each of 2 layers; got 1"):
+        with_predictors(four_heads, None, head_predictors=fitting[:1])
+    other = make(dataclasses.replace(CONFIG, layers=1, heads=2))
+    with pytest.raises(ValueError, match="head_predictor 0 must be of d_model=16 and 2 heads; got 16 and 4: a pred"):
+        with_predictors(other, None, head_predictors=fitting[:1])
 
 
 def test_everywhere_each_token_keeps_its_own_neurons(model):
@@ -238,11 +338,16 @@ mesh = jax.make_mesh((2,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
 sizes = {"vocab_size": 64, "layers": 1, "d_model": 16, "heads": 2, "d_ff": 48, "max_length": 64}
 config = OPTConfig(**sizes, neuron_major=True, init_std=0.3)
 predictor = LowRankPredictor(16, 3, 48, threshold=0.2, look_ahead=True, rngs=nnx.Rngs(1))
+heads = LowRankPredictor(16, 3, 2, rngs=nnx.Rngs(1))
 whole, cut = (
-    nnx.split(with_predictors(create_model(lambda: OPT(config, rngs=nnx.Rngs(0)), devices), [predictor]))
+    nnx.split(with_predictors(
+        create_model(lambda: OPT(config, rngs=nnx.Rngs(0)), devices), [predictor], head_predictors=[heads]
+    ))
     for devices in (None, mesh)
 )
-run = jax.jit(lambda graphdef, state, tokens: nnx.merge(graphdef, state)(tokens), static_argnums=0)
+cache = nnx.merge(*whole).init_cache(2, 3)
+cache = cache._replace(keys=(cache.keys[0] + 1,), values=(cache.values[0] + 1,), filled=cache.filled + 1)
+run = jax.jit(lambda graphdef, state, tokens: nnx.merge(graphdef, state)(tokens, cache=cache)[0], static_argnums=0)
 tokens = np.array([[2], [40]])
 expected = run(*whole, tokens)
 with jax.set_mesh(mesh):
