@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import sparse
 
-from experiments import peers, products
+from experiments import options, peers, products
 from experiments.masks import Mask
 from experiments.runs import Row, Run, markdown_table
 from pallas_kernels.case import Work, tolerance
@@ -61,10 +61,7 @@ def run(config: Config, run: Run) -> list[Row]:
     """A row for each dtype, granularity and sparsity, and a figure."""
     products.require_gpu("index_construction")
     rows = measure(config)
-    text, figures = readme({"rows": rows})
-    for name, content in figures.items():
-        run.write(name, content)
-    print(text)
+    run.show(*readme({"rows": rows}))
     return rows
 
 
@@ -75,9 +72,7 @@ def measure(config: Config, timer: Timer = cupti) -> list[Row]:
         ValueError: an option is empty or holds what it must not.
         RuntimeError: an index does not list what is live.
     """
-    for name in ("dtypes", "granularities", "sparsities"):
-        if not getattr(config, name):
-            raise ValueError(f"{name} must hold something; got none")
+    options.check_filled(config, "dtypes", "granularities", "sparsities")
     for dtype in config.dtypes:
         tolerance(dtype)
     tiles = [MicroTile.parse(granularity) for granularity in config.granularities]

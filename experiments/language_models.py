@@ -1,12 +1,12 @@
-"""What experiments that train a language model share: text, prepared once, and training behind a progress bar."""
+"""What experiments that train share: a size for the machine, text, prepared once, and training behind a bar."""
 
 import contextlib
 import dataclasses
 import io
-import math
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -33,6 +33,17 @@ class Data:
     held_out: Int32[np.ndarray, "held_out_windows length_plus_1"]
     bytes_per_token: float
     """Of the held-out text."""
+
+
+def size_of(config: Any) -> str:
+    """The option `size`; for "auto" "large" on a GPU and "small" elsewhere."""
+    return config.size if config.size != "auto" else "large" if jax.default_backend() == "gpu" else "small"
+
+
+def for_steps(config: training.TrainConfig, steps: int | None) -> training.TrainConfig:
+    """A size's training, but of so many steps, if that is asked for."""
+    steps = config.steps if steps is None else steps
+    return dataclasses.replace(config, steps=steps, warmup_steps=min(config.warmup_steps, steps // 4))
 
 
 def read_corpus(path: Path | None) -> text.Corpus:
@@ -112,7 +123,7 @@ def model_folder(source: str) -> Path:
 
 def train(
     model: nnx.Module,
-    data: Data,
+    windows: Int32[np.ndarray, "windows length_plus_1"],
     config: training.TrainConfig,
     seed: int,
     folder: Path,
@@ -120,40 +131,43 @@ def train(
     *,
     objective: Objective = next_token_objective,
     peak_tokens: float | None = None,
+    label: str = "training",
 ) -> list[training.Metrics]:
     """Trains behind a progress bar, from the last checkpoint in the folder.
 
     Args:
         model: to train in place.
-        data: to train on.
+        windows: to train on.
         config: how.
         seed: of the order of windows.
         folder: of checkpoints and metrics.jsonl.
         console: where the bar is drawn.
         objective: what to minimise.
         peak_tokens: tokens a second that the device's peak would allow, if known: the bar then shows the share.
+        label: of the bar.
 
     Returns:
         The metrics of every step.
     """
-    columns = (
-        TextColumn("training"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]:.3f}  {task.fields[speed]}"),
-        TimeRemainingColumn(),
-    )
-    tokens = config.batch * (data.train.shape[1] - 1)
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task("", total=config.steps, loss=math.nan, speed="")
+    tokens = config.batch * (windows.shape[1] - 1)
+    with progress(label, config.steps, console) as advance:
 
         def report(row: training.Metrics) -> None:
             rate = tokens / row["seconds"]
             share = "" if peak_tokens is None else f"  {rate / peak_tokens:.0%} of the peak"
-            progress.update(task, completed=row["step"], loss=row["loss"], speed=f"{rate:,.0f} tokens/s{share}")
+            advance(row["step"], f"loss {row['loss']:.3f}  {rate:,.0f} tokens/s{share}")
 
-        batches = text.ShuffledBatches(data.train, batch=config.batch, seed=seed)
+        batches = text.ShuffledBatches(windows, batch=config.batch, seed=seed)
         return training.train(model, batches, config, folder, objective=objective, report=report)
+
+
+@contextlib.contextmanager
+def progress(label: str, total: int, console: Console | None = None) -> Iterator[Callable[[float, str], None]]:
+    """A progress bar; what it gives is called with how much is done, and a note."""
+    columns = TextColumn(label), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}")
+    with Progress(*columns, TimeRemainingColumn(), console=console) as bar:
+        task = bar.add_task("", total=total, note="")
+        yield lambda done, note: bar.update(task, completed=done, note=note)
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments import peers, products
+from experiments import options, peers, products
 from experiments.masks import Mask
 from experiments.runs import Row, Run, markdown_table
 from pallas_kernels.case import tolerance
@@ -74,10 +74,7 @@ def run(config: Config, run: Run) -> list[Row]:
     """A row for each dtype, mask, granularity and sparsity, and a figure."""
     products.require_gpu("matmul_sparsity")
     rows = measure(config)
-    text, figures = readme({"rows": rows})
-    for name, content in figures.items():
-        run.write(name, content)
-    print(text)
+    run.show(*readme({"rows": rows}))
     return rows
 
 
@@ -88,9 +85,7 @@ def measure(config: Config, timer: Timer = cupti) -> list[Row]:
         ValueError: an option is empty or holds what it must not.
         RuntimeError: a result is not that of the reference.
     """
-    for name in ("dtypes", "granularities", "masks", "sparsities"):
-        if not getattr(config, name):
-            raise ValueError(f"{name} must hold something; got none")
+    options.check_filled(config, "dtypes", "granularities", "masks", "sparsities")
     for dtype in config.dtypes:
         tolerance(dtype)
     tiles = [MicroTile.parse(granularity) for granularity in config.granularities]

@@ -1,14 +1,10 @@
-"""What experiments on mixtures of experts share: the layer in plain JAX, its reference, and how a run goes on.
+"""What experiments on mixtures of experts share: the layer in plain JAX, and its reference.
 
 `one_hot`, `ragged_dot` and `balanced` are what is written without kernels: the first two compute what
 `MixtureOfExperts.apply_experts` does, the third the least that any way of computing it has to do.
 """
 
 import functools
-import json
-import time
-from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +12,6 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from experiments.runs import Row, Run
 from pallas_kernels.grouped_matmul.reference import ACTIVATIONS, finish
 from pallas_kernels.routing import Routing
 from sparsellm.mixture_of_experts import MixtureOfExperts
@@ -175,21 +170,3 @@ def with_experts(model: nnx.Module, variant: str) -> nnx.Module:
                 if variant == "one_hot":
                     setattr(parent, name, OneHot(child))
     return copy
-
-
-def wall_clock(function: Callable[..., Any], arrays: list[Any], iterations: int) -> tuple[Any, list[float]]:
-    """A `Timer` for anywhere: time until the result is there, dispatch included."""
-    out, times = jax.block_until_ready(function(*arrays)), []
-    for _ in range(iterations):
-        start = time.perf_counter()
-        jax.block_until_ready(function(*arrays))
-        times.append(1e6 * (time.perf_counter() - start))
-    return out, times
-
-
-def remembered[T: Row | list[Row]](run: Run, name: str, compute: Callable[[], T]) -> T:
-    """What an earlier process of this run has computed under this name, or else computes it."""
-    path = run.folder / "checkpoints" / f"{name}.json"  # removed when the run is finished
-    if not path.exists():
-        run.write(f"checkpoints/{path.name}", json.dumps(compute()))
-    return json.loads(path.read_text())

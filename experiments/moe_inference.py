@@ -15,16 +15,14 @@ more from layer to layer, hence the check: the median row of logits, which in bf
 
 import dataclasses
 import functools
-import statistics
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
-from experiments import moe, moe_peers
+from experiments import moe, moe_peers, options, programs
 from experiments.runs import Row, Run, markdown_table
 from models.swin_moe import SwinMoE, SwinMoEConfig
 from models.switch_checkpoint import ARCHITECTURE
@@ -74,14 +72,11 @@ class Config:
 def run(config: Config, run: Run) -> list[Row]:
     """A row for each model, dtype and batch."""
     rows = measure(config, run)
-    text, figures = readme({"rows": rows})
-    for name, content in figures.items():
-        run.write(name, content)
-    print(text)
+    run.show(*readme({"rows": rows}))
     return rows
 
 
-def measure(config: Config, run: Run, timer: Timer = moe.wall_clock) -> list[Row]:
+def measure(config: Config, run: Run, timer: Timer = programs.wall_clock) -> list[Row]:
     """Times and checks every model; peers first, while little else is on the GPU.
 
     Raises:
@@ -91,13 +86,12 @@ def measure(config: Config, run: Run, timer: Timer = moe.wall_clock) -> list[Row
     _check(config)
     jobs = [(model, dtype) for model in config.models for dtype in config.dtypes]
     of_peers = {
-        job: moe.remembered(run, f"peers_{'_'.join(job)}", functools.partial(measure_peers, config, *job))
-        for job in jobs
+        job: run.remembered(f"peers_{'_'.join(job)}", functools.partial(measure_peers, config, *job)) for job in jobs
     }
     rows = []
     for model, dtype in jobs:
         compute = functools.partial(measure_model, config, model, dtype, timer)
-        for row in moe.remembered(run, f"rows_{model}_{dtype}", compute):
+        for row in run.remembered(f"rows_{model}_{dtype}", compute):
             prefix, theirs = f"{row['batch']}_", of_peers[model, dtype].items()
             row |= {f"transformers_{k.removeprefix(prefix)}": v for k, v in theirs if k.startswith(prefix)}
             rows.append(row)
@@ -107,13 +101,9 @@ def measure(config: Config, run: Run, timer: Timer = moe.wall_clock) -> list[Row
 
 
 def _check(config: Config) -> None:
-    for name, known in (("dtypes", tuple(TOLERANCES)), ("baselines", BASELINES)):
-        chosen = getattr(config, name)
-        if not chosen or not set(chosen) <= set(known):
-            raise ValueError(f"{name} must be some of {', '.join(known)}; got {', '.join(chosen) or 'none'}")
-    for name in ("batches", "models"):
-        if not getattr(config, name):
-            raise ValueError(f"{name} must hold something; got none")
+    options.check_filled(config, "models", "batches", "dtypes", "baselines")
+    options.check_known(config, "dtypes", tuple(TOLERANCES))
+    options.check_known(config, "baselines", BASELINES)
     for model in config.models:
         for dtype in config.dtypes:
             model_config(model, dtype)
@@ -176,42 +166,23 @@ def _measure(config: Config, model: str, dtype: str, network: nnx.Module, arrays
     row: Row = {"model": model, "experts": _experts(network), "batch": len(arrays[0]), "dtype": dtype}
     outputs = {}
     for variant in ("sparse", *config.baselines):
-        params, compiled = _compiled(moe.with_experts(network, variant), arrays)
-        outputs[variant], times = timer(compiled, [params, *arrays], config.repeats)
+        changed = moe.with_experts(network, variant)
+        outputs[variant], time_ms, memory_gib = programs.measure(_forward, changed, arrays, config.repeats, timer)
         prefix = "" if variant == "sparse" else f"{variant}_"
-        row[f"{prefix}time_ms"] = round(statistics.median(times) / 1e3, 3)
-        row[f"{prefix}memory_gib"] = round(_memory(compiled) / 2**30, 3)
-    error = max(float(median_error(outputs["sparse"], outputs[baseline])) for baseline in config.baselines)
+        row |= {f"{prefix}time_ms": time_ms, f"{prefix}memory_gib": memory_gib}
+    error = max(float(programs.median_error(outputs["sparse"], outputs[baseline])) for baseline in config.baselines)
     if not error <= TOLERANCES[dtype]:
         raise RuntimeError(f"{model} in {dtype}: logits differ by {error:.1e}, above {TOLERANCES[dtype]}")
     return row | {"error": error}
 
 
-def _compiled(network: nnx.Module, arrays: list[Array]) -> tuple[list[Array], Callable[..., Any]]:
-    """Its parameters, and the forward pass as a function of these and the inputs."""
-    graphdef, params = nnx.split(network)
-    leaves, tree = jax.tree.flatten(params)  # a list is handed over quickly, a state in milliseconds
-    forward = jax.jit(lambda leaves, *arrays: nnx.merge(graphdef, jax.tree.unflatten(tree, leaves))(*arrays))
-    return leaves, forward.lower(leaves, *arrays).compile()
-
-
-def _memory(compiled: Any) -> int:
-    """Bytes that the program holds at once, its arguments among them."""
-    found = compiled.memory_analysis()
-    buffers = found.argument_size_in_bytes + found.output_size_in_bytes + found.temp_size_in_bytes
-    return buffers - found.alias_size_in_bytes
+def _forward(network: Any, *arrays: Array) -> Array:
+    return network(*arrays)
 
 
 def _experts(network: nnx.Module) -> int:
     found = (layer for _, layer in nnx.iter_modules(network) if isinstance(layer, MixtureOfExperts))
     return max(layer.router.experts for layer in found)
-
-
-@jax.jit
-def median_error(out: Float[Array, "*rows logits"], expected: Float[Array, "*rows logits"]) -> Float[Array, ""]:
-    """The median over rows of the relative error of a row's logits; NaN where anything is."""
-    error = jnp.linalg.norm(out - expected, axis=-1) / jnp.linalg.norm(expected, axis=-1)
-    return jnp.median(error)
 
 
 def readme(result: dict[str, Any]) -> tuple[str, dict[str, bytes]]:

@@ -1,18 +1,13 @@
 """What torch takes for the same: a layer of experts by its grouped product, and transformers' Switch Transformers.
 
-As in `experiments.peers`, a process of its own reads jobs from stdin and writes a row a line. A layer's time is that of
-its kernels by CUPTI, as JAX's are counted here; a model's is wall-clock time, as a user sees it.
+A process of its own, as `experiments.peers` says. A layer's time is that of its kernels by CUPTI, as JAX's are counted
+here; a model's is wall-clock time, as a user sees it.
 """
 
 import dataclasses
 import functools
-import importlib
-import importlib.util
-import json
 import math
 import statistics
-import sys
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -88,7 +83,7 @@ class Model:
     Attributes:
         config: transformers' fields.
         dtype: of weights and activations: bfloat16, float16 or float32.
-        batches: numbers of sequences, ascending: memory is the most so far.
+        batches: numbers of sequences.
         length: tokens that the encoder reads, and the decoder.
         repeats: timed calls.
     """
@@ -100,16 +95,13 @@ class Model:
     repeats: int = 10
 
 
-JOBS = {"Layer": Layer, "Model": Model}
-
-
 def measure_layers(layers: Sequence[Layer]) -> list[Row]:
     """`torch_us` and `torch_error` of each layer; empty without torch and a GPU, or where torch cannot.
 
     Raises:
         RuntimeError: the process failed.
     """
-    return peers.ask("experiments.moe_peers", [_described(layer) for layer in layers], "torch's layer")
+    return peers.ask("experiments.moe_peers", layers, "torch's layer")
 
 
 def measure_model(model: Model) -> Row:
@@ -118,31 +110,7 @@ def measure_model(model: Model) -> Row:
     Raises:
         RuntimeError: the process failed.
     """
-    return peers.ask("experiments.moe_peers", [_described(model)], "transformers")[0]
-
-
-def _described(job: Layer | Model) -> Row:
-    return {"job": type(job).__name__, **dataclasses.asdict(job)}
-
-
-def main() -> int:
-    """The process: jobs from stdin, a row a line to stdout, what went wrong to stderr."""
-    torch: Any = importlib.import_module("torch")
-    for described in json.load(sys.stdin):
-        job = JOBS[described.pop("job")](**described)
-        print(json.dumps(_measure(torch, job) if torch.cuda.is_available() else {}), flush=True)
-    return 0
-
-
-def _measure(torch: Any, job: Layer | Model) -> Row:
-    """A row; what has been measured of it where torch then fails."""
-    row: Row = {}
-    try:
-        with torch.inference_mode():
-            _measure_layer(torch, job, row) if isinstance(job, Layer) else _measure_model(torch, job, row)
-    except Exception as failed:  # a peer that cannot is a gap in the table, not the end of it
-        print(f"torch, {job}: {failed}", file=sys.stderr, flush=True)
-    return row
+    return peers.ask("experiments.moe_peers", [model], "transformers")[0]
 
 
 # A layer
@@ -258,37 +226,14 @@ def _kernels_us(torch: Any, function: Callable[[], Any]) -> tuple[Any, float]:
 
 
 def _measure_model(torch: Any, job: Model, row: Row) -> None:
-    if importlib.util.find_spec("transformers") is None:
-        print("transformers is not installed: its columns stay empty", file=sys.stderr, flush=True)
-        return
     torch.set_float32_matmul_precision("high")  # TF32, as JAX's default
-    model = make_model(torch, job.config, job.dtype)
-    vocab = job.config["vocab_size"]
+    model = peers.transformers_model(torch, "SwitchTransformersForConditionalGeneration", job.config, job.dtype)
     for batch in job.batches:
-        tokens, decoder_tokens = torch.randint(vocab, (2, batch, job.length), device="cuda")
+        tokens, decoder_tokens = torch.randint(job.config["vocab_size"], (2, batch, job.length), device="cuda")
         forward = functools.partial(model, input_ids=tokens, decoder_input_ids=decoder_tokens, use_cache=False)
-        forward()
-        torch.cuda.reset_peak_memory_stats()
-        times = []
-        for _ in range(job.repeats):
-            torch.cuda.synchronize()
-            start = time.perf_counter()
-            forward()
-            torch.cuda.synchronize()
-            times.append(1e3 * (time.perf_counter() - start))
-        row[f"{batch}_time_ms"] = round(statistics.median(times), 3)
-        row[f"{batch}_memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 3)
-
-
-def make_model(torch: Any, config: Row, dtype: str, device: str = "cuda") -> Any:
-    """transformers' model of these sizes with random weights, made on the device."""
-    transformers: Any = importlib.import_module("transformers")
-    torch.set_default_dtype(getattr(torch, dtype))
-    with torch.device(device):
-        model = transformers.SwitchTransformersForConditionalGeneration(transformers.SwitchTransformersConfig(**config))
-    torch.set_default_dtype(torch.float32)
-    return model.eval()
+        found = peers.wall_clock(torch, forward, job.repeats)
+        row |= {f"{batch}_{name}": value for name, value in found.items()}
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    peers.answer({Layer: _measure_layer, Model: _measure_model})

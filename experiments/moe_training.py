@@ -12,7 +12,6 @@ apart slowly, as a token that is near a tie goes elsewhere.
 
 import dataclasses
 import io
-import math
 import statistics
 import sysconfig
 from pathlib import Path
@@ -23,10 +22,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, Int32
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from experiments import moe
-from experiments.quickstart import NOT_LIBRARY
+from experiments import language_models, moe
 from experiments.runs import Row, Run, markdown_table
 from models.mixtral import Mixtral, MixtralConfig
 from sparsellm import text, training
@@ -96,25 +93,19 @@ def run(config: Config, run: Run) -> list[Row]:
     Raises:
         RuntimeError: the losses do not agree.
     """
-    name = config.size if config.size != "auto" else "large" if jax.default_backend() == "gpu" else "small"
+    name = language_models.size_of(config)
     size = SIZES[name]
-    steps = size.training.steps if config.steps is None else config.steps
-    train_config = dataclasses.replace(
-        size.training, steps=steps, warmup_steps=min(size.training.warmup_steps, steps // 4)
-    )
-    batches = text.ShuffledBatches(prepare(config, size, run), batch=train_config.batch, seed=config.seed)
+    train_config = language_models.for_steps(size.training, config.steps)
+    windows = prepare(config, size, run)
     found, parameters = {}, 0
     for variant in ("sparse", "one_hot"):
         model = moe.with_experts(Mixtral(size.model, rngs=nnx.Rngs(config.seed)), variant)
         parameters = sum(x.size for x in jax.tree.leaves(nnx.state(model, nnx.Param)))
-        found[variant] = train(model, batches, train_config, run, variant)
+        found[variant] = train(model, windows, train_config, config.seed, run, variant)
     rows = make_rows(found["sparse"], found["one_hot"])
     rows[0] = {"model": f"mixtral-{name}", "parameters": parameters, "dtype": size.model.dtype} | rows[0]
     rows[0] |= {"experts": size.model.experts, "tokens": train_config.batch * size.window}
-    shown, figures = readme({"rows": rows})
-    for file, content in figures.items():
-        run.write(file, content)
-    print(shown)
+    run.show(*readme({"rows": rows}))
     for name in ("gradient_error", "error"):
         if not rows[0][name] <= TOLERANCE:
             raise RuntimeError(f"{name} of {TOLERANCE} at most is right; got {rows[0][name]:.1e}")
@@ -125,11 +116,7 @@ def prepare(config: Config, size: Size, run: Run) -> Int32[np.ndarray, "windows 
     """Windows of the corpus's tokens; or of those that this run has made before."""
     path = run.folder / "checkpoints" / "tokens.npy"
     if not path.exists():
-        if config.corpus is None:
-            library = Path(sysconfig.get_path("stdlib"))
-            corpus = text.read_corpus(library, pattern="*.py", exclude=NOT_LIBRARY)
-        else:
-            corpus = text.read_corpus(config.corpus, exclude=("__pycache__",))
+        corpus = language_models.read_corpus(config.corpus)
         tokens = text.train_bpe(corpus.documents, size.model.vocab_size).encode_documents(corpus.documents)
         text.token_windows(tokens, length=size.window)  # too small a corpus is refused before anything is kept
         buffer = io.BytesIO()
@@ -149,28 +136,21 @@ def objective(
 
 
 def train(
-    model: nnx.Module, batches: training.Batches, config: training.TrainConfig, run: Run, variant: str
+    model: nnx.Module,
+    windows: Int32[np.ndarray, "windows length_plus_1"],
+    config: training.TrainConfig,
+    seed: int,
+    run: Run,
+    variant: str,
 ) -> dict[str, Any]:
-    """Trains behind a progress bar.
+    """Trains one of both models.
 
     Returns:
         "losses" and "balances" of every step, the first one's "gradient_norm", and the median "step_ms".
     """
-    columns = (
-        TextColumn(f"training, {variant:7}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]:.3f}"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console()) as progress:
-        task = progress.add_task("", total=config.steps, loss=math.nan)
-
-        def report(row: training.Metrics) -> None:
-            progress.update(task, completed=row["step"], loss=row["loss"])
-
-        folder = run.folder / "checkpoints" / variant
-        metrics = training.train(model, batches, config, folder, objective=objective, report=report)
+    folder, label = run.folder / "checkpoints" / variant, f"training, {variant:7}"
+    options: dict[str, Any] = {"objective": objective, "label": label}
+    metrics = language_models.train(model, windows, config, seed, folder, Console(), **options)
     seconds = [row["seconds"] for row in metrics]
     return {
         "losses": [row["loss"] for row in metrics],

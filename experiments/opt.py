@@ -1,8 +1,9 @@
-"""What experiments on OPT share: a model by size or by path, and the time and memory of one of its programs."""
+"""What experiments on OPT share: a model by size or by path, and the time of a step of decoding."""
 
+import functools
 import os
 import statistics
-from collections.abc import Callable
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,22 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
-from experiments import moe
+from experiments import opt_peers
+from experiments.language_models import model_folder
+from experiments.runs import Row, Run
 from models import OPT, PRESETS, OPTConfig, load_opt
 from models.firing import Profile
-from models.synthetic import synthetic_opt
-from pallas_kernels.workbench.timing import Timer
-from sparsellm import huggingface
+from models.synthetic import random_tokens, synthetic_opt, synthetic_predictors
+from sparsellm.decoding import GREEDY, Rows, decode, on_mesh
+from sparsellm.predictors import LowRankPredictor, load_predictors
+from sparsellm.sharding import mesh_of
 
+EVENLY = (np.float32(1e6), None, None)  # a temperature at which all tokens are about as likely
+WARM_UP = 2  # chunks that may compile: the first, and over several devices the second, as rows lie elsewhere by then
 TINY: dict[str, Any] = {"vocab_size": 512, "layers": 1, "d_model": 16, "heads": 2, "d_ff": 64, "max_length": 256}
 
 
@@ -41,40 +49,108 @@ def read_profile(path: Path | None, d_ff: int) -> Profile:
 
 
 def make_model(
-    size: str, dtype: str, *, source: str | None, profile: Path | None, seed: int, neuron_major: bool = False
+    size: str,
+    dtype: str,
+    *,
+    source: str | None,
+    profile: Path | None = None,
+    seed: int = 0,
+    neuron_major: bool = False,
 ) -> tuple[OPT, str]:
     """The model, and what a row says of its weights.
 
     Args:
         size: a preset's name, or "tiny".
         dtype: of parameters and activations.
-        source: a checkpoint's folder or hub id, in place of a synthetic model.
+        source: a run's folder, a checkpoint's, or a hub id, in place of a synthetic model.
         profile: of the synthetic model's firing; None for a power law.
         seed: of its weights.
         neuron_major: the layout of fc1.
     """
     if source is not None:
-        model = load_opt(huggingface.find_folder(source), dtype=dtype, param_dtype=dtype, neuron_major=neuron_major)
+        model = load_opt(model_folder(source), dtype=dtype, param_dtype=dtype, neuron_major=neuron_major)
         return model, source
     config = config_of(size, dtype, neuron_major=neuron_major)
     model = synthetic_opt(config, read_profile(profile, config.d_ff), key=jax.random.key(seed))
     return model, f"synthetic, {'power law' if profile is None else profile.name}"
 
 
-def measure(
-    function: Callable[..., Any], model: nnx.Module, arrays: tuple, repeats: int, timer: Timer = moe.wall_clock
-) -> tuple[Any, float, float]:
-    """Compiles `function(model, *arrays)`, and runs it.
+def make_predictors(config: Any, model: OPT, batch: int) -> list[LowRankPredictor]:
+    """The checkpoint's, or for a synthetic model random ones that name as many neurons as fire for such a batch.
+
+    Args:
+        config: with the options predictors, profile, rank and seed.
+        model: whose they are.
+        batch: sequences that decode together.
+    """
+    if config.predictors is not None:
+        return load_predictors(config.predictors, model)
+    profile = read_profile(config.profile, model.config.d_ff)
+    key = jax.random.fold_in(jax.random.key(config.seed), 1)  # not the model's
+    return synthetic_predictors(model, profile, batch=batch, rank=config.rank, key=key)
+
+
+def check_length(config: Any, size: str) -> None:
+    """Raises ValueError where the options `context` and `steps` do not fit into the positions of this size."""
+    longest = config_of(size, config.dtype).max_length
+    if config.context + config.steps > longest:
+        got = f"context={config.context}, steps={config.steps}"
+        raise ValueError(f"context and steps must fit into the {longest} positions of {size}; got {got}")
+
+
+def measure_peers(config: Any, size: str, run: Run) -> dict[int, Row]:
+    """For each of the option `batches`, what transformers takes for a token of this size: columns of a row.
+
+    Args:
+        config: with the options source, batches, context, steps, repeats, dtype and no_peers.
+        size: of the model; for a source nothing is measured.
+        run: remembers the times.
+    """
+    found: list[Row] = [{} for _ in config.batches]
+    if config.source is None and not config.no_peers:
+        asked = {"context": config.context, "steps": config.steps, "repeats": config.repeats}
+        measure = functools.partial(opt_peers.measure_decode, config_of(size, config.dtype), config.batches, **asked)
+        found = run.remembered(f"peers_{size}", measure)
+    columns = {"transformers_time_ms": "time_ms", "transformers_memory_gib": "memory_gib"}
+    return {
+        batch: {column: row.get(name) for column, name in columns.items()}
+        for batch, row in zip(config.batches, found, strict=True)
+    }
+
+
+def time_decode(
+    model: OPT, batch: int, *, context: int, steps: int, repeats: int, sampling: tuple = GREEDY, seed: int = 0
+) -> tuple[float, Rows]:
+    """Milliseconds that a step takes of the compiled loop that `generate` runs.
+
+    Args:
+        model: on one device, or cut over several.
+        batch: sequences at once.
+        context: tokens that each has when a chunk begins; what they are is of no weight.
+        steps: of a chunk.
+        repeats: timed chunks.
+        sampling: how tokens are drawn, as of `sparsellm.decoding`.
+        seed: of the first tokens, and of those that are drawn.
 
     Returns:
-        Its output; the median time in milliseconds; and GiB that the program holds at once, the weights among them.
+        The median over chunks; and the rows as they are when one begins.
     """
-    graphdef, params = nnx.split(model)
-    leaves, tree = jax.tree.flatten(params)  # a list is handed over quickly, a state in milliseconds
-    call = jax.jit(lambda leaves, *arrays: function(nnx.merge(graphdef, jax.tree.unflatten(tree, leaves)), *arrays))
-    compiled = call.lower(leaves, *arrays).compile()
-    out, times = timer(compiled, [leaves, *arrays], repeats)
-    found: Any = compiled.memory_analysis()
-    buffers = found.argument_size_in_bytes + found.output_size_in_bytes + found.temp_size_in_bytes
-    gib = (buffers - found.alias_size_in_bytes) / 2**30
-    return out, round(statistics.median(times) / 1e3, 3), round(gib, 3)
+    program, key, slots = nnx.split(model), jax.random.key(seed), context + steps
+    token = random_tokens(model.config, (batch, 1), key)[:, 0]
+    left = jnp.full(batch, steps + 1, jnp.int32)  # no row ends
+    rows, times = Rows(token, left, jnp.int32(0), model.init_cache(batch, slots)), []
+    if mesh_of(program[1]) is None:  # where the loop leaves them: else its second call compiles as well
+        rows = jax.device_put(rows, jax.tree.leaves(program[1])[0].sharding)
+
+    def begin(rows: Rows) -> Rows:
+        cache = rows.cache._replace(filled=jnp.full(batch, context, jnp.int32))
+        return rows._replace(left=jnp.copy(left), cache=cache)
+
+    with on_mesh(program[1]):
+        for _ in range(WARM_UP + repeats):
+            rows = begin(rows)
+            start = time.perf_counter()
+            rows, tokens = decode(*program, rows, key, sampling, np.int32(-1), None, steps=steps)
+            np.asarray(tokens)  # waits
+            times.append(1e3 * (time.perf_counter() - start) / steps)
+    return round(statistics.median(times[WARM_UP:]), 3), begin(rows)

@@ -21,7 +21,6 @@ batch 1: dense a little above the 14 ms of its bytes, sparse about half of that.
 import dataclasses
 import functools
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,23 +31,19 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from experiments import decode_peers, opt
-from experiments.moe import remembered
+from experiments import opt, options
 from experiments.runs import Row, Run, markdown_table
 from models import OPT, with_predictors
 from models.activations import ACTIVATIONS
 from models.attention import KVCache, Places, place_tokens
-from models.firing import Profile
-from models.opt_checkpoint import ARCHITECTURE
-from models.synthetic import fit_table, random_tokens, synthetic_predictors
+from models.synthetic import fit_table, random_tokens
 from pallas_kernels.neuron_ffn.config import MAX_BATCH
 from pallas_kernels.workbench.gpus import find_gpu
-from sparsellm.decoding import GREEDY, Rows, decode
-from sparsellm.predictors import LowRankPredictor, PredictorParam, load_predictors
+from sparsellm.decoding import GREEDY, Rows
+from sparsellm.predictors import PredictorParam
 from sparsellm.pruning.walk import walk
 
 TOLERANCES = {"bfloat16": 2e-2, "float16": 5e-3, "float32": 1e-3}
-EVENLY = (np.float32(1e6), None, None)  # a temperature at which all tokens are about as likely
 FIT = ("model", "layer", "batch", "target", "reached")
 
 
@@ -59,12 +54,12 @@ class Config:
     Attributes:
         sizes: published sizes, 125m to 175b, or tiny; made one after the other with random weights.
         batches: sequences at once, up to 32.
-        source: a checkpoint's folder or hub id, in place of sizes.
+        source: a run's folder, a checkpoint's, or a hub id, in place of sizes.
         predictors: of the checkpoint, as `save_predictors` leaves them.
         profile: of random weights: a CSV file with the columns model, layer, batch, active_neurons, total_neurons.
         rank: of random predictors.
         dtype: of weights and activations.
-        context: slots of the cache besides those that are timed: attention reads all, whatever they hold.
+        context: tokens that each sequence has.
         steps: of a chunk.
         repeats: timed chunks.
         seed: of weights and tokens.
@@ -94,10 +89,7 @@ class Config:
 def run(config: Config, run: Run) -> list[Row]:
     """A row dense and a row sparse for each model and batch; the fit of synthetic models is left as fit.md."""
     rows = measure(config, run)
-    text, figures = readme({"rows": rows})
-    for name, content in figures.items():
-        run.write(name, content)
-    print(text)
+    run.show(*readme({"rows": rows}))
     return rows
 
 
@@ -110,79 +102,54 @@ def measure(config: Config, run: Run) -> list[Row]:
     """
     check(config)
     sources = config.sizes if config.source is None else (config.source,)
-    of_peers = {}
-    for source in sources if config.source is None and not config.no_peers else ():
-        peer = functools.partial(measure_peers, config, source)
-        of_peers[source] = remembered(run, f"peers_{source}", peer)
+    peers = {source: opt.measure_peers(config, source, run) for source in sources}
     rows = []
     for number, source in enumerate(sources):
-        of_source: list[Row] = remembered(run, f"rows_{number}", functools.partial(measure_model, config, source, run))
-        for row in of_source:
-            found = of_peers.get(source, {})
-            row |= {f"transformers_{k}": found.get(f"{row['batch']}_{k}") for k in ("time_ms", "memory_gib") if found}
-        rows += of_source
+        of_source: list[Row] = run.remembered(f"rows_{number}", functools.partial(measure_model, config, source, run))
+        rows += [row | peers[source][row["batch"]] for row in of_source]
     return rows
 
 
 def check(config: Config) -> None:
     """Raises ValueError for options that would fail only after a model is made."""
-    for name in ("rank", "context", "steps", "repeats"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name} must be at least 1; got {name}={getattr(config, name)}")
+    options.check_least(config, 1, "rank", "context", "steps", "repeats")
+    options.check_known(config, "dtype", tuple(TOLERANCES))
     if not config.batches or not all(1 <= batch <= MAX_BATCH for batch in config.batches):
         raise ValueError(f"batches must be 1 to {MAX_BATCH}, which share a list; got batches={config.batches}")
-    if config.dtype not in TOLERANCES:
-        raise ValueError(f"dtype must be one of {', '.join(TOLERANCES)}; got {config.dtype!r}")
     if (config.source is None) != (config.predictors is None):
         got = f"source={config.source}, predictors={config.predictors}"
         raise ValueError(f"source and predictors go together: a checkpoint and what was trained for it; got {got}")
     for size in config.sizes if config.source is None else ():
-        longest, steps = opt.config_of(size, config.dtype).max_length, config.steps * (config.repeats + 1)
-        if steps > longest:
-            raise ValueError(f"steps * (repeats + 1) must fit into {longest} positions of {size}; got {steps}")
-
-
-def measure_peers(config: Config, size: str) -> Row:
-    """What transformers takes, in a process whose memory is its own."""
-    fields = ARCHITECTURE.write_config(opt.config_of(size, config.dtype))
-    options = {"batches": sorted(config.batches), "context": config.context, "steps": config.steps}
-    job = decode_peers.Decoding(config=fields, dtype=config.dtype, repeats=config.repeats, **options)
-    return decode_peers.measure(job)
+        opt.check_length(config, size)
 
 
 def measure_model(config: Config, source: str, run: Run) -> list[Row]:
     """Times and checks one model on every batch."""
-    key = jax.random.key(config.seed)
     made = {"source": config.source, "profile": config.profile, "seed": config.seed}
     model, weights = opt.make_model(source, config.dtype, neuron_major=True, **made)
-    if config.source is not None:
-        predictors, name = load_predictors(str(config.predictors), model), Path(source).name
-        of_batch = lambda batch: predictors  # noqa: E731
-    else:
-        profile, name = opt.read_profile(config.profile, model.config.d_ff), f"opt-{source} (synthetic)"
+    name = Path(source).name
+    if config.source is None:
+        profile, key = opt.read_profile(config.profile, model.config.d_ff), jax.random.key(config.seed)
+        name = f"opt-{source} (synthetic)"
         fit = [{"model": name, **row} for row in fit_table(model, profile, batches=(1, 8, 32), key=key)]
         run.write(f"fit_{source}.md", markdown_table([[row[column] for column in FIT] for row in fit], FIT) + "\n")
-        of_batch = functools.partial(_predictors, model, profile, config.rank, key)
     rows = []
     for batch in config.batches:
-        rows += [{"weights": weights} | row for row in measure_batch(config, model, of_batch(batch), name, batch)]
+        rows += [{"weights": weights} | row for row in measure_batch(config, model, name, batch)]
         print(f"{name}, batch {batch}: dense {rows[-2]['time_ms']} ms, sparse {rows[-1]['time_ms']} ms", flush=True)
     return rows
 
 
-def _predictors(model: OPT, profile: Profile, rank: int, key: Array, batch: int) -> list[LowRankPredictor]:
-    return synthetic_predictors(model, profile, batch=batch, rank=rank, key=key)
-
-
-def measure_batch(config: Config, model: OPT, predictors: list[LowRankPredictor], name: str, batch: int) -> list[Row]:
+def measure_batch(config: Config, model: OPT, name: str, batch: int) -> list[Row]:
     """The rows of one batch, dense and sparse."""
-    sampling = GREEDY if config.source is not None else EVENLY
+    timed: dict[str, Any] = {name: getattr(config, name) for name in ("context", "steps", "repeats", "seed")}
+    timed["sampling"] = GREEDY if config.source is not None else opt.EVENLY
     row: Row = {"model": name, "batch": batch, "dtype": config.dtype, "context": config.context}
-    time_ms, rows = time_decode(config, model, batch, sampling)
+    time_ms, rows = opt.time_decode(model, batch, **timed)
     dense = row | {"variant": "dense", "time_ms": time_ms, **bound(model, rows, None)}
     del rows
-    lists = with_predictors(model, predictors)
-    time_ms, rows = time_decode(config, lists, batch, sampling)
+    lists = with_predictors(model, opt.make_predictors(config, model, batch))
+    time_ms, rows = opt.time_decode(lists, batch, **timed)
     tokens = random_tokens(model.config, (batch, 1), jax.random.key(config.seed))
     error, density = check_lists(lists, tokens, rows.cache)
     if not error <= TOLERANCES[config.dtype]:
@@ -190,22 +157,6 @@ def measure_batch(config: Config, model: OPT, predictors: list[LowRankPredictor]
     sparse = row | {"variant": "sparse", "time_ms": time_ms, **bound(lists, rows, density)}
     sparse |= {"density": round(statistics.mean(density), 4), "error": error}
     return [dense, sparse]
-
-
-def time_decode(config: Config, model: OPT, batch: int, sampling: tuple) -> tuple[float, Rows]:
-    """Milliseconds a step, the median over chunks; and the rows as they are after the last one."""
-    graphdef, state = nnx.split(model)
-    key = jax.random.key(config.seed)
-    slots = config.context + config.steps * (config.repeats + 1)
-    token = random_tokens(model.config, (batch, 1), key)[:, 0]
-    left = jnp.full(batch, slots, jnp.int32)  # no row ends
-    rows, times = Rows(token, left, jnp.int32(0), model.init_cache(batch, slots)), []
-    for _ in range(config.repeats + 1):  # the first one compiles
-        start = time.perf_counter()
-        rows, tokens = decode(graphdef, state, rows, key, sampling, np.int32(-1), None, steps=config.steps)
-        np.asarray(tokens)  # waits
-        times.append(1e3 * (time.perf_counter() - start) / config.steps)
-    return round(statistics.median(times[1:]), 3), rows
 
 
 def check_lists(model: OPT, tokens: Int[Array, "batch 1"], cache: KVCache) -> tuple[float, list[float]]:

@@ -19,28 +19,22 @@ Expected: a token takes as much less time as its weights have fewer bytes, less 
 
 import dataclasses
 import functools
-import statistics
-import time
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
-from experiments import decode_peers, moe
+from experiments import moe, opt, options
 from experiments.runs import Row, Run, markdown_table
-from models import OPT, PRESETS, OPTConfig, load_opt
-from models.opt_checkpoint import ARCHITECTURE
-from sparsellm import decoding, memory
+from models import OPT, OPTConfig
+from sparsellm import memory
 from sparsellm.sharding import parameter_sharding
 from sparsellm.unstructured import UnstructuredLinear, compress, compressed_layers
 
-TINY = {"vocab_size": 512, "layers": 1, "d_model": 32, "heads": 2, "d_ff": 32, "max_length": 128}
-SIZES = {"tiny": TINY, **PRESETS}
 TOLERANCES = {"bfloat16": 1e-2, "float16": 5e-3, "float32": 1e-5}
 
 
@@ -49,10 +43,11 @@ class Config:
     """Options of opt_decode_pruned.
 
     Attributes:
-        models: presets of OPT.
+        models: presets of OPT, or tiny.
         sparsities: shares of zeros; 0 is the dense model.
         batches: sequences at once.
-        source: a pruned OPT, in place of random ones: measured dense, then compressed.
+        source: a pruned OPT (a run, a checkpoint's folder or a hub id), in place of random ones: measured dense, then
+            compressed.
         context: tokens that each sequence has.
         steps: tokens added in a timed run.
         repeats: timed runs.
@@ -92,62 +87,30 @@ def run(config: Config, run: Run) -> list[Row]:
     rows: list[Row] = []
     for model in (config.source,) if config.source is not None else config.models:
         name = f"{len(rows)}_{model.rpartition('/')[2]}"
-        theirs = moe.remembered(run, f"peers_{name}", functools.partial(measure_peers, config, model))
+        theirs = opt.measure_peers(config, model, run)
         for sparsity in (None,) if config.source is not None else config.sparsities:
             measure = functools.partial(measure_model, config, model, sparsity)
-            for row in moe.remembered(run, f"rows_{name}_{sparsity}", measure):
-                keys = {"transformers_time_ms": "time_ms", "transformers_memory_gib": "memory_gib"}
-                row |= {key: theirs.get(f"{row['batch']}_{column}") for key, column in keys.items()}
-                rows.append(row)
-    text, figures = readme({"rows": rows})
-    for name, content in figures.items():
-        run.write(name, content)
-    print(text)
+            found: list[Row] = run.remembered(f"rows_{name}_{sparsity}", measure)
+            rows += [row | theirs[row["batch"]] for row in found]
+    run.show(*readme({"rows": rows}))
     return rows
 
 
 def _check(config: Config) -> None:
-    for name in ("models", "sparsities", "batches"):
-        if not getattr(config, name):
-            raise ValueError(f"{name} must hold something; got none")
-    if unknown := set(config.models) - set(SIZES):
-        raise ValueError(f"models must be some of {', '.join(SIZES)}; got {', '.join(sorted(unknown))}")
-    if not all(0 <= sparsity <= 1 for sparsity in config.sparsities):
-        raise ValueError(f"sparsities must be 0 to 1; got {config.sparsities}")
+    options.check_filled(config, "models", "sparsities", "batches")
+    options.check_least(config, 1, "batches", "context", "steps", "repeats", "devices")
+    options.check_known(config, "dtype", tuple(TOLERANCES))
+    options.check_shares(config, "sparsities")
     if config.devices > len(jax.devices()):
         raise ValueError(f"devices must be at most the {len(jax.devices())} there are; got {config.devices}")
-    for name in ("context", "steps", "repeats", "devices"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name} must be at least 1; got {name}={getattr(config, name)}")
-    if min(config.batches) < 1:
-        raise ValueError(f"batches must be at least 1; got {config.batches}")
-    if config.source is None:
-        for model in config.models:
-            longest = sizes(config, model).max_length
-            if config.context + config.steps > longest:
-                got = f"{config.context} and {config.steps}"
-                raise ValueError(f"context and steps must fit into the {longest} positions of {model}; got {got}")
-
-
-def sizes(config: Config, model: str) -> OPTConfig:
-    """The configuration of a preset."""
-    return OPTConfig(**SIZES[model], dtype=config.dtype, param_dtype=config.dtype)
-
-
-def measure_peers(config: Config, model: str) -> Row:
-    """Times and memory of transformers' model, in a process of its own."""
-    if config.no_peers or config.source is not None:
-        return {}
-    fields = ARCHITECTURE.write_config(sizes(config, model))
-    options = {"context": config.context, "steps": config.steps, "repeats": config.repeats}
-    batches = sorted(config.batches)
-    return decode_peers.measure(decode_peers.Decoding(config=fields, dtype=config.dtype, batches=batches, **options))
+    for model in config.models if config.source is None else ():
+        opt.check_length(config, model)
 
 
 def measure_model(config: Config, model: str, sparsity: float | None) -> list[Row]:
     """Rows of one model on every batch: of a random one, or of a given one dense and then compressed."""
     if sparsity is None:
-        loaded = load_opt(model, dtype=config.dtype)
+        loaded = opt.make_model(model, config.dtype, source=model)[0]
         named: Row = {"model": model.rstrip("/").rpartition("/")[2], "weights": "pruned"}
         rows = [_measure(config, loaded, named | {"variant": "dense"}, batch) for batch in config.batches]
         found: list[Row] = []
@@ -157,7 +120,8 @@ def measure_model(config: Config, model: str, sparsity: float | None) -> list[Ro
         return rows + [_measure(config, loaded, named, batch) for batch in config.batches]
     named = {"model": f"opt-{model}", "weights": "random", "sparsity": sparsity}
     named["variant"] = "unstructured" if sparsity else "dense"
-    needed, has = bytes_needed(sizes(config, model), sparsity), memory.capacity()
+    sizes = opt.config_of(model, config.dtype)
+    needed, has = bytes_needed(sizes, sparsity), memory.capacity()
     if has is not None and needed > has * config.devices:
         said = f"{model} at {sparsity:.0%} needs {needed / 2**30:.0f} of {has * config.devices / 2**30:.0f} GiB"
         print(f"{said}: left out", flush=True)
@@ -165,7 +129,7 @@ def measure_model(config: Config, model: str, sparsity: float | None) -> list[Ro
     mesh = None
     if config.devices > 1:
         mesh = jax.make_mesh((config.devices,), ("model",), axis_types=(AxisType.Auto,))
-    made = random_opt(sizes(config, model), sparsity, jax.random.key(config.seed), mesh)
+    made = random_opt(sizes, sparsity, jax.random.key(config.seed), mesh)
     return [_measure(config, made, named, batch) for batch in config.batches]
 
 
@@ -239,27 +203,11 @@ def _measure(config: Config, model: OPT, named: Row, batch: int) -> Row:
         print(f"{_label(row)} does not fit", flush=True)
         return row
     row["error"] = check_block(model, config)
-    row["time_ms"] = round(token_ms(model, config, batch), 3)
+    timed: dict[str, Any] = {name: getattr(config, name) for name in ("context", "steps", "repeats", "seed")}
+    row["time_ms"], _ = opt.time_decode(model, batch, **timed)
     row["tokens_per_second"] = round(1e3 * batch / row["time_ms"], 1)
     print(f"{_label(row)}: {row['time_ms']} ms a token, {row['memory_gib']} GiB", flush=True)
     return row
-
-
-def token_ms(model: OPT, config: Config, batch: int) -> float:
-    """The median time of a token of each sequence, in the loop that `generate` runs."""
-    program, key = nnx.split(model), jax.random.key(0)
-    cache = model.init_cache(batch, config.context + config.steps)
-    rows = decoding.Rows(jnp.full(batch, 5, jnp.int32), jnp.zeros(batch, jnp.int32), jnp.int32(0), cache)
-    times = []
-    for _ in range(config.repeats + 1):
-        cache = rows.cache._replace(filled=jnp.full(batch, config.context, jnp.int32))  # read as if it were a text's
-        rows = rows._replace(left=jnp.full(batch, config.steps + 1, jnp.int32), cache=cache)
-        start = time.perf_counter()
-        with decoding.on_mesh(program[1]):
-            rows, tokens = decoding.decode(*program, rows, key, decoding.GREEDY, np.int32(-1), None, steps=config.steps)
-        np.asarray(tokens)
-        times.append(1e3 * (time.perf_counter() - start) / config.steps)
-    return statistics.median(times[1:])  # the first one compiled
 
 
 def check_block(model: OPT, config: Config) -> float | None:

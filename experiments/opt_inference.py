@@ -27,8 +27,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from experiments import moe, opt, opt_peers
-from experiments.moe_inference import TOLERANCES, median_error
+from experiments import opt, opt_peers, options, programs
+from experiments.moe_inference import TOLERANCES
 from experiments.records import choose_records
 from experiments.runs import Row, Run, markdown_table
 from models import OPT
@@ -48,7 +48,7 @@ class Config:
 
     Attributes:
         models: sizes of synthetic models: "13b" and the like, or "tiny".
-        source: a checkpoint's folder or a hub id, in place of them.
+        source: a run's folder, a checkpoint's, or a hub id, in place of them.
         profile: a CSV file that says how many neurons of a synthetic model fire; None for a power law.
         records: a JSON file of records in Alpaca's format; None makes lengths up.
         tokenizer: the folder of the tokenizer that reads them.
@@ -84,14 +84,11 @@ class Config:
 def run(config: Config, run: Run) -> list[Row]:
     """A row for each model, batch and variant."""
     rows = measure(config, run)
-    text, figures = readme({"rows": rows})
-    for name, content in figures.items():
-        run.write(name, content)
-    print(text)
+    run.show(*readme({"rows": rows}))
     return rows
 
 
-def measure(config: Config, run: Run, timer: Timer = moe.wall_clock) -> list[Row]:
+def measure(config: Config, run: Run, timer: Timer = programs.wall_clock) -> list[Row]:
     """Times and checks every model, and transformers' on the same batches.
 
     Raises:
@@ -101,21 +98,15 @@ def measure(config: Config, run: Run, timer: Timer = moe.wall_clock) -> list[Row
     _check(config)
     rows = []
     for size in config.models if config.source is None else (config.source,):
-        rows += moe.remembered(run, f"rows_{Path(size).name}", functools.partial(_measure_size, config, size, timer))
+        rows += run.remembered(f"rows_{Path(size).name}", functools.partial(_measure_size, config, size, timer))
     return rows
 
 
 def _check(config: Config) -> None:
-    for name in ("models", "truncate"):
-        if not getattr(config, name):
-            raise ValueError(f"{name} must hold something; got none")
-    if config.dtype not in TOLERANCES:
-        raise ValueError(f"dtype must be one of {', '.join(TOLERANCES)}; got {config.dtype!r}")
-    for name, least in (("batch", 1), ("repeats", 1)):
-        if getattr(config, name) < least:
-            raise ValueError(f"{name} must be at least {least}; got {name}={getattr(config, name)}")
-    if min(config.truncate) < 0:
-        raise ValueError(f"truncate must be at least 0; got {config.truncate}")
+    options.check_filled(config, "models", "truncate")
+    options.check_known(config, "dtype", tuple(TOLERANCES))
+    options.check_least(config, 1, "batch", "repeats")
+    options.check_least(config, 0, "truncate")
     for size in config.models:
         opt.config_of(size, config.dtype, sparse_rows=config.sparse_rows)
 
@@ -157,9 +148,9 @@ def _measure_batch(config: Config, model: OPT, batch: list[tuple[int, ...]], tim
             chosen = config.sparse_rows is None
             sparse_rows = choose_sparse_rows(model, arrays[0], arrays[2]) if chosen else config.sparse_rows
         network = with_sparse_rows(model, sparse_rows)
-        logits, time_ms, memory_gib = opt.measure(next_logits, network, arrays, config.repeats, timer)
+        logits, time_ms, memory_gib = programs.measure(next_logits, network, arrays, config.repeats, timer)
         expected = logits if expected is None else expected
-        error = float(median_error(logits, expected))
+        error = float(programs.median_error(logits, expected))
         if not error <= TOLERANCES[config.dtype]:
             raise RuntimeError(f"{variant}: logits differ by {error:.1e}, above {TOLERANCES[config.dtype]}")
         parts = parts_ms(network, arrays[0], arrays[2], config.repeats, timer)
@@ -177,10 +168,10 @@ def parts_ms(model: OPT, tokens: Array, packing: Packing | None, repeats: int, t
     """
     middle = len(model.layers) // 2
     places = _places(tokens, packing=packing)
-    arrays = entering(model, middle, tokens, places), places
+    arrays = [entering(model, middle, tokens, places), places]
     parts = {"attention": _attention, "feed_forward": _feed_forward}
     layer: Any = model.layers[middle]
-    times = {part: opt.measure(function, layer, arrays, repeats, timer)[1] for part, function in parts.items()}
+    times = {part: programs.measure(function, layer, arrays, repeats, timer)[1] for part, function in parts.items()}
     return {f"{part}_ms": round(len(model.layers) * ms, 3) for part, ms in times.items()}
 
 
@@ -222,19 +213,19 @@ def _feed_forward(layer: Any, x: Array, places: Places) -> Array:
     return layer.feed_forward(layer.final_layer_norm(x), places.mask, x)
 
 
-def _padded(batch: list[tuple[int, ...]]) -> tuple:
+def _padded(batch: list[tuple[int, ...]]) -> list[Any]:
     """Token ids, padded behind, where no real token looks; and where on the flat batch each sequence ends."""
     longest = max(map(len, batch))
     tokens = np.ones((len(batch), longest), np.int32)
     for row, sequence in zip(tokens, batch, strict=True):
         row[: len(sequence)] = sequence
     ends = np.arange(len(batch)) * longest + np.array([len(sequence) for sequence in batch]) - 1
-    return jnp.asarray(tokens), jnp.asarray(ends, jnp.int32), None
+    return [jnp.asarray(tokens), jnp.asarray(ends, jnp.int32), None]
 
 
-def _packed(batch: list[tuple[int, ...]]) -> tuple:
+def _packed(batch: list[tuple[int, ...]]) -> list[Any]:
     tokens, packing = pack(batch)
-    return tokens, packing.last, packing
+    return [tokens, packing.last, packing]
 
 
 def next_logits(

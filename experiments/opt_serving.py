@@ -8,9 +8,11 @@ tokens a second, and median and 99th percentile of the time to the first token a
 left out by serving a part of the stream first. `sparse` decodes over the neurons that look-ahead predictors name.
 
 Weights and predictors are synthetic: random, with as many neurons firing as the profile says, so times are real and
-texts are noise; `--source` serves a checkpoint dense. The check: sampled answers once more, each token fed to the model
-as it is alone and simulating what it lists; `error` is how far below the largest logit that of the answer's token lies
-at most, in standard deviations of the logits. Rounding gives hundredths, a wrong row of the cache gives 1 and more.
+texts are noise. The likeliest tokens of such a model run in circles, in which a batch has fewer neurons to list than a
+real one: while it is timed, its tokens are drawn evenly. `--source` serves a checkpoint greedily, over neurons where
+its `--predictors` are given. The check: some greedy answers once more, each token fed to the model as it is alone and
+simulating what it lists; `error` is how far below the largest logit that of the answer's token lies at most, in
+standard deviations of the logits. Rounding gives hundredths, a wrong row of the cache gives 1 and more.
 Expected on an H200: under three minutes for OPT-6.7B.
 """
 
@@ -26,18 +28,19 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from experiments import moe, opt
+from experiments import opt, options
 from experiments.records import Record, choose_records
 from experiments.runs import Row, Run, markdown_table
 from models import OPT
+from models.attention import KVCache
 from models.opt import with_predictors
-from models.synthetic import synthetic_predictors
 from sparsellm.packing import bucket
 from sparsellm.serving import Answer, Request, serve, statistics
 
 VARIANTS = ("dense", "sparse")
 TOLERANCE = 0.25  # of `error`; bfloat16 and dozens of layers
 NEVER = -1  # no token ends a text
+NOISE = 1e6  # beside it, the logits of a model are alike
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,7 +49,8 @@ class Config:
 
     Attributes:
         model: size of a synthetic model: "6.7b" and the like, or "tiny".
-        source: a checkpoint's folder or a hub id, in place of it.
+        source: a run's folder, a checkpoint's, or a hub id, in place of it.
+        predictors: of the source, as `save_predictors` leaves them; None serves it dense.
         profile: a CSV file that says how many neurons of a synthetic model fire; None for a power law.
         records: a JSON file of records in Alpaca's format; None makes lengths up.
         tokenizer: the folder of the tokenizer that reads them.
@@ -56,7 +60,7 @@ class Config:
         cache_length: slots of a row; longer records are passed over.
         steps: of decoding between two looks for rows to refill.
         prefill_sizes: tokens that are read together.
-        rank: of the predictors.
+        rank: of random predictors.
         dtype: of weights and activations.
         samples: answers to check.
         seed: of weights and the choice of records.
@@ -64,6 +68,7 @@ class Config:
 
     model: str = "6.7b"
     source: str | None = None
+    predictors: Path | None = None
     profile: Path | None = None
     records: Path | None = None
     tokenizer: Path | None = None
@@ -96,11 +101,8 @@ class Config:
 
 def run(config: Config, run: Run) -> list[Row]:
     """A row for each variant; and a figure of when every request's tokens came."""
-    rows = moe.remembered(run, "rows", functools.partial(measure, config))
-    text, figures = readme({"rows": rows})
-    for name, content in figures.items():
-        run.write(name, content)
-    print(text)
+    rows = run.remembered("rows", functools.partial(measure, config))
+    run.show(*readme({"rows": rows}))
     return rows
 
 
@@ -111,11 +113,13 @@ def measure(config: Config) -> list[Row]:
         ValueError: an option is out of range.
         RuntimeError: an answer is not the model's.
     """
-    for name, least in (("requests", 1), ("rows", 1), ("rank", 1), ("samples", 1), ("rate", 0)):
-        if not getattr(config, name) >= least:
-            raise ValueError(f"{name} must be at least {least}; got {name}={getattr(config, name)}")
+    options.check_least(config, 1, "requests", "rows", "rank", "samples")
+    options.check_least(config, 0, "rate")
+    if config.predictors is not None and config.source is None:
+        raise ValueError(f"predictors must be a source's; got predictors={config.predictors} and no source")
     made = {"source": config.source, "profile": config.profile, "seed": config.seed}
-    model, weights = opt.make_model(config.model, config.dtype, **made, neuron_major=config.source is None)
+    variants = VARIANTS if config.source is None or config.predictors is not None else VARIANTS[:1]
+    model, weights = opt.make_model(config.model, config.dtype, **made, neuron_major="sparse" in variants)
     records = choose_records(
         config.records,
         config.tokenizer,
@@ -129,7 +133,7 @@ def measure(config: Config) -> list[Row]:
     about = {"model": f"opt-{name}", "weights": weights, "requests": len(requests), "rate": config.rate}
     about |= {"batch": config.rows, "dtype": config.dtype, "prompt_tokens": sum(len(r.prompt) for r in records)}
     rows = []
-    for variant in VARIANTS if config.source is None else VARIANTS[:1]:
+    for variant in variants:
         served, reference = variant_of(model, variant, config)
         row = about | {"variant": variant} | _measure(config, served, reference, requests)
         print(", ".join(f"{name} {value}" for name, value in row.items() if name != "latencies_s"), flush=True)
@@ -150,19 +154,41 @@ def variant_of(model: OPT, variant: str, config: Config) -> tuple[OPT, OPT]:
     """The model that serves; and the one that computes the same without lists."""
     if variant == "dense":
         return model, model
-    profile, key = opt.read_profile(config.profile, model.config.d_ff), jax.random.key(config.seed + 1)
-    predictors = synthetic_predictors(model, profile, batch=config.rows, rank=config.rank, key=key)
+    predictors = opt.make_predictors(config, model, config.rows)
     return with_predictors(model, predictors), with_predictors(model, predictors, "mask")
 
 
+class Drawn(nnx.Module):
+    """A model whose likeliest token is drawn evenly where `evenly` is 1, and its own where that is 0.
+
+    The draw follows from the hidden states, so that `serve`, which is greedy, makes it; and one program does for both.
+    """
+
+    def __init__(self, model: OPT, evenly: float):
+        self.model, self.config, self.evenly = model, model.config, nnx.Variable(jnp.float32(evenly))
+
+    def init_cache(self, batch: int, length: int) -> KVCache:
+        return self.model.init_cache(batch, length)
+
+    def hidden_states(self, tokens: Int[Array, "batch length"], **options: Any):
+        return self.model.hidden_states(tokens, **options)
+
+    def logits(self, hidden: Float[Array, "batch d_model"]) -> Float[Array, "batch vocab"]:
+        logits = self.model.logits(hidden)
+        seed = lax.bitcast_convert_type(jnp.sum(hidden, dtype=jnp.float32), jnp.uint32)
+        noise = jax.random.uniform(jax.random.key(seed, impl="rbg"), logits.shape, jnp.float32)
+        return logits + NOISE * self.evenly[...] * noise
+
+
 def _measure(config: Config, model: OPT, reference: OPT, requests: list[Request]) -> Row:
-    options: dict[str, Any] = {
+    serving: dict[str, Any] = {
         "rows": config.rows,
         "cache_length": config.cache_length,
         "steps": config.steps,
         "prefill_sizes": config.prefill_sizes,
     }
-    alone = [serve(model, [dataclasses.replace(r, arrival_s=0.0)], **options)[0] for r in requests[: config.samples]]
+    own, served = (model, model) if config.source is not None else (Drawn(model, 0.0), Drawn(model, 1.0))
+    alone = [serve(own, [dataclasses.replace(r, arrival_s=0.0)], **serving)[0] for r in requests[: config.samples]]
     error = max(
         float(largest_gap(reference, r, answer, config.cache_length))
         for r, answer in zip(requests, alone, strict=False)
@@ -172,8 +198,8 @@ def _measure(config: Config, model: OPT, reference: OPT, requests: list[Request]
             f"an answer's token lies {error:.2f} standard deviations below the likeliest: not the model's"
         )
     at_once = [dataclasses.replace(request, arrival_s=0.0) for request in requests]
-    serve(model, at_once[: config.rows + 1], **options)  # every program is compiled now
-    answers = serve(model, requests, **options)
+    serve(served, at_once[: config.rows + 1], **serving)  # every program is compiled now
+    answers = serve(served, requests, **serving)
     found = {name: round(value, 4) for name, value in statistics(answers).items()}
     return found | {"error": error, "latencies_s": _latencies(answers)}
 

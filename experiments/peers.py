@@ -1,10 +1,11 @@
 """What others take for the same product: cuSPARSE in CSR and BSR, and torch's Triton kernel for BSR.
 
 They run where torch with CUDA is installed. It is no dependency, and two profilers of one GPU do not share a process:
-so the peers have one of their own, `python -m experiments.peers`, which reads jobs from stdin and writes a row a line.
-Times are CUDA events around calls that the GPU finds queued (it sleeps while the host enqueues them), so that launching
-from Python does not count; what waits for the host in its middle, as making a sparse format does for the count of
-non-zeros, is timed with that wait.
+so peers have one of their own, here `python -m experiments.peers`, which reads jobs from stdin and writes a row a line:
+`ask` and `answer` are the two ends, for what `moe_peers` and `opt_peers` measure too. Times are CUDA events around
+calls that the GPU finds queued (it sleeps while the host enqueues them), so that launching from Python does not count;
+what waits for the host in its middle, as making a sparse format does for the count of non-zeros, is timed with that
+wait.
 """
 
 import ctypes
@@ -16,7 +17,8 @@ import json
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -43,6 +45,10 @@ class Job:
     index_only: bool = False
     """Only `cusparse_index_us`: CSR made from A's values."""
 
+    def __post_init__(self):
+        if not isinstance(self.mask, Mask):  # as JSON gives it
+            object.__setattr__(self, "mask", Mask(**self.mask))
+
 
 def measure(jobs: Sequence[Job]) -> list[Row]:
     """Measures every peer on every job, in a process of its own.
@@ -55,15 +61,15 @@ def measure(jobs: Sequence[Job]) -> list[Row]:
     Raises:
         RuntimeError: the process failed.
     """
-    return ask("experiments.peers", [dataclasses.asdict(job) for job in jobs], "cuSPARSE and of torch's BSR")
+    return ask("experiments.peers", jobs, "cuSPARSE and of torch's BSR")
 
 
-def ask(module: str, jobs: Sequence[Row], columns: str) -> list[Row]:
-    """Hands jobs to a module that runs as a process of its own; a row for each, empty where torch is missing.
+def ask(module: str, jobs: Sequence[Any], columns: str) -> list[Row]:
+    """Hands jobs to a module that runs as a process of its own; a row for each, empty where torch or a GPU is missing.
 
     Args:
-        module: reads the jobs from stdin, as JSON, and writes a row a line to stdout.
-        jobs: what it can read.
+        module: calls `answer`.
+        jobs: dataclasses of the kinds that it knows, made of what JSON can hold.
         columns: what stays empty without torch, for a message.
 
     Raises:
@@ -73,26 +79,73 @@ def ask(module: str, jobs: Sequence[Row], columns: str) -> list[Row]:
         print(f"torch is not installed: the columns of {columns} stay empty", flush=True)
         return [{} for _ in jobs]
     command = [sys.executable, "-m", module]
-    process = subprocess.run(command, input=json.dumps(jobs), stdout=subprocess.PIPE, text=True)
+    described = [{"kind": type(job).__name__, **dataclasses.asdict(job)} for job in jobs]
+    process = subprocess.run(command, input=json.dumps(described), stdout=subprocess.PIPE, text=True)
     rows = [json.loads(line) for line in process.stdout.splitlines() if line.startswith("{")]
     if process.returncode or len(rows) != len(jobs):
         raise RuntimeError(f"{module} ended with {process.returncode} after {len(rows)} of {len(jobs)} jobs")
     return rows
 
 
-def main() -> int:
-    """The process: jobs from stdin, a row a line to stdout, what went wrong to stderr."""
+def answer(kinds: Mapping[type, Callable[[Any, Any, Row], None]]) -> None:
+    """The process: jobs from stdin, a row a line to stdout, what went wrong to stderr.
+
+    Args:
+        kinds: of jobs, and what measures one: it takes torch, the job, and the row to fill, of which it leaves what it
+            could not measure.
+    """
     torch: Any = importlib.import_module("torch")
-    jobs = [Job(**{**job, "mask": Mask(**job["mask"])}) for job in json.load(sys.stdin)]
-    for job in jobs:
-        print(json.dumps(_measure(torch, job) if torch.cuda.is_available() else {}), flush=True)
-    return 0
+    by_name = {kind.__name__: kind for kind in kinds}
+    for described in json.load(sys.stdin):
+        kind, row = by_name[described.pop("kind")], {}
+        job = kind(**described)
+        try:
+            if torch.cuda.is_available():
+                with torch.inference_mode():
+                    kinds[kind](torch, job, row)
+        except Exception as failed:  # a peer that cannot is a gap in the table, not the end of it
+            print(f"{job}: {failed}", file=sys.stderr, flush=True)
+        print(json.dumps(row), flush=True)
 
 
-def _measure(torch: Any, job: Job) -> Row:
+def wall_clock(torch: Any, function: Callable[[], Any], repeats: int) -> Row:
+    """`time_ms`, the median as a user sees it, and `memory_gib`, the most that torch had allocated."""
+    function()
+    torch.cuda.reset_peak_memory_stats()
+    times = []
+    for _ in range(repeats):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        function()
+        torch.cuda.synchronize()
+        times.append(1e3 * (time.perf_counter() - start))
+    gib = torch.cuda.max_memory_allocated() / 2**30
+    return {"time_ms": round(statistics.median(times), 3), "memory_gib": round(gib, 3)}
+
+
+def transformers_model(torch: Any, name: str, config: Row, dtype: str, device: str = "cuda", **options: Any) -> Any:
+    """transformers' model of these sizes with random weights, made on the device.
+
+    Args:
+        torch: the package.
+        name: the model's class.
+        config: fields of its configuration.
+        dtype: of its weights.
+        device: where to make it.
+        options: of `_from_config`.
+    """
+    transformers: Any = importlib.import_module("transformers")
+    made: Any = getattr(transformers, name)
+    torch.set_default_dtype(getattr(torch, dtype))
+    with torch.device(device):
+        model = made._from_config(made.config_class(**config), **options)
+    torch.set_default_dtype(torch.float32)
+    return model.eval()
+
+
+def _measure(torch: Any, job: Job, row: Row) -> None:
     a, b = _operands(torch, job)
     expected = a.float() @ b.float()
-    row: Row = {}
     for peer in _peers(torch, job):
         try:
             sparse, convert_us = _time_us(torch, functools.partial(peer.convert, a))
@@ -108,7 +161,6 @@ def _measure(torch: Any, job: Job) -> Row:
                 row |= {f"{peer.name}_{key}": value for key, value in found.items()}
         except Exception as failed:  # a peer that cannot is a gap in the table, not the end of it
             print(f"{peer.name}, {job.mask.granularity} in {job.dtype}: {failed}", file=sys.stderr, flush=True)
-    return row
 
 
 def _operands(torch: Any, job: Job, device: str = "cuda") -> tuple[Any, Any]:
@@ -235,4 +287,4 @@ def _pointer(x: Any) -> ctypes.c_void_p:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    answer({Job: _measure})

@@ -82,10 +82,7 @@ def run(config: Config, run: Run) -> list[Row]:
     if model is None:
         print("no finished run of quickstart: its ReLU activations are left out (make quickstart, or --model)")
     rows = measure(config, model)
-    text, figures = readme({"rows": rows})
-    for name, content in figures.items():
-        run.write(name, content)
-    print(text)
+    run.show(*readme({"rows": rows}))
     return rows
 
 

@@ -17,11 +17,10 @@ within 1% of dense at 1.5 times the true density; sparse decoding and its simula
 misses is small, so that at equal recall it costs the model less than what a trained predictor misses.
 """
 
-import contextlib
 import dataclasses
 import functools
 import sysconfig
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,11 +30,11 @@ import numpy as np
 from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, Int32
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from experiments import pruning
-from experiments.moe import remembered, wall_clock
+from experiments import options, pruning
+from experiments.language_models import progress
 from experiments.predictor_figures import line, readme
+from experiments.programs import wall_clock
 from experiments.runs import Row, Run
 from models import OPT, OPTConfig
 from models.activations import ACTIVATIONS
@@ -155,33 +154,25 @@ def run(config: Config, run: Run) -> list[Row]:
     subject = prepare(config, run)
     print(f"{subject.name}: perplexity {subject.dense_perplexity:.2f}", flush=True)
     rows: list[Row] = [{"model": subject.name, "perplexity": subject.dense_perplexity, "method": "dense"}]
-    rows += remembered(run, "statistics", lambda: statistics(config, subject))
+    rows += run.remembered("statistics", lambda: statistics(config, subject))
     for method in config.methods:
-        rows += remembered(run, method, lambda: compare(config, subject, method, run))  # noqa: B023 - called at once
-    rows += remembered(run, "chosen", lambda: decode(config, subject, run))
-    shown, drawn = readme({"rows": rows})
-    for file, content in drawn.items():
-        run.write(file, content)
-    print(shown)
+        rows += run.remembered(method, lambda: compare(config, subject, method, run))  # noqa: B023 - called at once
+    rows += run.remembered("chosen", lambda: decode(config, subject, run))
+    run.show(*readme({"rows": rows}))
     return rows
 
 
 def _check(config: Config) -> None:
     """What would otherwise show only after the training."""
-    if unknown := set(config.methods) - set(METHODS):
-        raise ValueError(f"methods must be some of {', '.join(METHODS)}; got {', '.join(sorted(unknown))}")
-    for name in ("epochs", "training", "windows", "batch", "prompt_tokens", "new_tokens"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name} must be at least 1; got {name}={getattr(config, name)}")
+    options.check_known(config, "methods", METHODS)
+    options.check_least(config, 1, "epochs", "training", "windows", "batch", "prompt_tokens", "new_tokens")
     for name in ("training", "windows"):
         if getattr(config, name) % config.batch:
             raise ValueError(f"batch must divide {name}; got batch={config.batch}, {name}={getattr(config, name)}")
     for name in ("budgets", "batches"):
         if min(getattr(config, name), default=1) <= 0:
             raise ValueError(f"{name} must be above 0; got {name}={getattr(config, name)}")
-    for name in ("recalls", "sparsities"):
-        if not all(0 < share < 1 for share in getattr(config, name)):
-            raise ValueError(f"{name} must lie between 0 and 1; got {name}={getattr(config, name)}")
+    options.check_shares(config, "recalls", "sparsities", ends=False)
     if config.loss <= 0:
         raise ValueError(f"loss must be above 0; got loss={config.loss}")
 
@@ -218,20 +209,11 @@ def prepare(config: Config, run: Run) -> Subject:
     activations = {}
     for name, part in parts.items():
         folder = run.folder / "checkpoints" / "activations" / name
-        with bar(f"activations to {name}", len(part) // batch) as advance:
+        with progress(f"activations to {name}", len(part) // batch) as advance:
             report = lambda done, _, advance=advance: advance(done, "")  # noqa: E731
             activations[name] = collect(model, part[:, :-1], folder, kinds=kinds, batch=batch, report=report)
     texts = {"choose": parts["choose"], "test": parts["test"]}
     return Subject(name=loaded.name, model=model, rank=rank, activations=activations, **texts)
-
-
-@contextlib.contextmanager
-def bar(name: str, total: int) -> Iterator[Callable[[int, str], None]]:
-    """A progress bar; what it gives is called with how much is done, and a note."""
-    columns = TextColumn(name), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}")
-    with Progress(*columns, TimeRemainingColumn()) as progress:
-        task = progress.add_task("", total=total, note="")
-        yield lambda done, note: progress.update(task, completed=done, note=note)
 
 
 def statistics(config: Config, subject: Subject) -> list[Row]:
@@ -269,14 +251,14 @@ def predictors_of(config: Config, subject: Subject, method: str, run: Run) -> Se
     target = Heads() if method == "heads" else Neurons()
     changes: dict[str, Any] = {} if method == "heads" else {"look_ahead": method == "ahead"}
     recipe = PredictorConfig.preset(target, rank=subject.rank, epochs=config.epochs, seed=config.seed, **changes)
-    with bar(f"training {method}", recipe.epochs) as advance:
+    with progress(f"training {method}", recipe.epochs) as advance:
 
         def report(row: Row) -> None:
             advance(row["epoch"], f"recall {np.mean(row['recall']):.1%}  precision {np.mean(row['precision']):.1%}")
 
         training = run.folder / "checkpoints" / f"training_{method}"
-        options: Any = {"target": target, "folder": training, "report": report}
-        predictors = train_predictors(subject.activations["train"], recipe, **options)
+        kept: Any = {"target": target, "folder": training, "report": report}
+        predictors = train_predictors(subject.activations["train"], recipe, **kept)
     save_predictors(predictors, folder, model)
     return predictors
 

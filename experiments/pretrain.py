@@ -130,7 +130,7 @@ def run(config: Config, run: Run) -> list[Row]:
         flops = training_flops(model.config, config.length)
         metrics = language_models.train(
             model,
-            data,
+            data.train,
             train_config,
             config.seed,
             run.folder,
@@ -143,10 +143,8 @@ def run(config: Config, run: Run) -> list[Row]:
         speed = step_speed(metrics, config.batch * config.length, flops, None if gpu is None else gpu.flops)
         rows = [describe(config, model, data, metrics) | speed | qualities(config, model, data), *step_rows(metrics)]
     shutil.rmtree(run.folder / "compiled", ignore_errors=True)
-    shown, drawn = readme({"rows": rows})
-    for file, content in drawn.items():
-        run.write(file, content)
-    print(f"{shown}\n\nThe model is in {run.folder}/model: --source {run.folder}")
+    run.show(*readme({"rows": rows}))
+    print(f"\nThe model is in {run.folder}/model: --source {run.folder}")
     return rows
 
 

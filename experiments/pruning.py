@@ -29,7 +29,7 @@ from flax import nnx
 from jaxtyping import Int32
 from rich.console import Console
 
-from experiments import language_models, quickstart
+from experiments import language_models, options, quickstart
 from experiments.runs import Row, Run, markdown_table
 from models import OPT, load_mixtral, load_opt
 from sparsellm import evaluation, pruning, text, training
@@ -143,53 +143,38 @@ def run(config: Config, run: Run) -> list[Row]:
         rows.append(row)
         run.write("checkpoints/rows.json", json.dumps(rows))
     nnx.update(subject.model, jax.tree.map(jnp.asarray, dense))
-    shown, figures = readme({"rows": rows})
-    for file, content in figures.items():
-        run.write(file, content)
-    print(shown)
+    run.show(*readme({"rows": rows}))
     return rows
 
 
 def _check(config: Config) -> None:
     """What would otherwise show only after the training."""
-    known = (*METHODS, *WITH_RATIOS)
-    if unknown := set(config.methods) - set(known):
-        raise ValueError(f"methods must be some of {', '.join(known)}; got {', '.join(sorted(unknown))}")
+    options.check_known(config, "methods", (*METHODS, *WITH_RATIOS))
     for pattern in config.patterns:
         pruning.parse_pattern(pattern)
-    for name in ("sparsities", "structures"):
-        if not all(0 < share < 1 for share in getattr(config, name)):
-            raise ValueError(f"{name} must lie between 0 and 1; got {getattr(config, name)}")
-    for name in ("calibration", "windows", "batch"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name} must be at least 1; got {name}={getattr(config, name)}")
-    if config.recovery_steps < 0:
-        raise ValueError(f"recovery_steps must be at least 0; got recovery_steps={config.recovery_steps}")
+    options.check_shares(config, "sparsities", "structures", ends=False)
+    options.check_least(config, 1, "calibration", "windows", "batch")
+    options.check_least(config, 0, "recovery_steps")
 
 
 def prepare(config: Config, run: Run) -> Subject:
     """Trains the model, or loads it; and its text."""
     if config.source is None:
-        name = config.size if config.size != "auto" else "large" if jax.default_backend() == "gpu" else "small"
+        name = language_models.size_of(config)
         size = quickstart.SIZES[name]
         data = quickstart.prepare(quickstart.Config(corpus=config.corpus, seed=config.seed), size, run, Console())
         model = OPT(size.model, rngs=nnx.Rngs(config.seed))
-        quickstart.train(model, data, size.training, config.seed, run.folder, Console())
+        language_models.train(model, data.train, size.training, config.seed, run.folder, Console())
         held_out = data.held_out
         if config.text is not None:
             held_out = _windows(data.tokenizer, text.read_corpus(config.text).documents, size.window)
         return Subject(name=f"opt-{name}", model=model, train=data.train, held_out=held_out)
     earlier = Path(config.source)
-    folder = language_models.model_folder(config.source)
-    kind = json.loads((folder / "config.json").read_text()).get("model_type")
-    if kind not in LOADERS:
-        raise ValueError(f"source must be a model of {' or '.join(LOADERS)}; {folder} is of {kind}")
-    model: Any = LOADERS[kind](folder)
+    model, kind, folder = load_model(config.source)
     tokenizer, name = text.load_tokenizer(folder), f"{kind}-{folder.name}"
     if (earlier / language_models.TOKENS).is_file() and config.corpus is None:
-        with np.load(earlier / language_models.TOKENS) as arrays:
-            length, name = int(arrays["length"]), f"opt-{earlier.name}"  # the window that it was trained on
-            train, held_out = (text.token_windows(arrays[part], length=length) for part in language_models.PARTS)
+        data, name = language_models.load(earlier), f"opt-{earlier.name}"
+        train, held_out, length = data.train, data.held_out, data.train.shape[1] - 1  # as it was trained
     else:
         if config.corpus is None:
             raise ValueError("corpus must be given for a model that quickstart or pretrain has not trained; got None")
@@ -200,6 +185,23 @@ def prepare(config: Config, run: Run) -> Subject:
     if config.text is not None:
         held_out = _windows(tokenizer, text.read_corpus(config.text).documents, length)
     return Subject(name=name, model=model, train=train, held_out=held_out)
+
+
+def load_model(source: str, **options: Any) -> tuple[Any, str, Path]:
+    """A model of any kind that can be pruned; its kind, and where it lies.
+
+    Args:
+        source: a run's folder, a checkpoint's, or a hub id.
+        options: of the kind's loader.
+
+    Raises:
+        ValueError: it is of another kind.
+    """
+    folder = language_models.model_folder(source)
+    kind = json.loads((folder / "config.json").read_text()).get("model_type")
+    if kind not in LOADERS:
+        raise ValueError(f"source must be a model of {' or '.join(LOADERS)}; {folder} is of {kind}")
+    return LOADERS[kind](folder, **options), kind, folder
 
 
 def _windows(tokenizer: text.Tokenizer, documents, length: int) -> Int32[np.ndarray, "windows length_plus_1"]:
@@ -257,8 +259,8 @@ def remove_structures(
     order: Any = int(method.split()[1])
     layers = subject.model.config.layers
     few = range(layers) if layers <= 4 else None  # the first and the last are half of the model
-    options: Any = {"heads": share, "neurons": share, "order": order, "layers": few}
-    smaller = pruning.prune_structures(subject.model, calibration, **options)
+    structures: Any = {"heads": share, "neurons": share, "order": order, "layers": few}
+    smaller = pruning.prune_structures(subject.model, calibration, **structures)
     if method.endswith("lora"):
         steps = config.recovery_steps
         recovery = training.TrainConfig(

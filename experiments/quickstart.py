@@ -33,10 +33,10 @@ from jaxtyping import Array, Float, Int, Int32
 from rich.console import Console
 
 from experiments import figures, language_models
-from experiments.language_models import NOT_LIBRARY as NOT_LIBRARY
-from experiments.language_models import Data, train
+from experiments.language_models import Data
 from experiments.runs import Row, Run, markdown_table
 from models import OPT, OPTConfig, load_opt, save_hf, save_opt
+from models.opt import with_sparse_rows
 from sparsellm import evaluation, text, training
 from sparsellm.generation import generate
 from sparsellm.micro_tiles import MicroTile, density
@@ -110,21 +110,18 @@ class Config:
 def run(config: Config, run: Run) -> list[Row]:
     """Trains, measures, compares, saves; leaves its rows, figures, models and report in the run's folder."""
     console = Console()
-    name = _size_name(config)
+    name = language_models.size_of(config)
     size = SIZES[name]
     _check(config, size)
-    steps = size.training.steps if config.steps is None else config.steps
-    train_config = dataclasses.replace(
-        size.training, steps=steps, warmup_steps=min(size.training.warmup_steps, steps // 4)
-    )
+    train_config = language_models.for_steps(size.training, config.steps)
     data = prepare(config, size, run, console)
     model = OPT(size.model, rngs=nnx.Rngs(config.seed))
-    metrics = train(model, data, train_config, config.seed, run.folder, console)
+    metrics = language_models.train(model, data.train, train_config, config.seed, run.folder, console)
     summary: Row = {
         "model": f"opt-{name}",
         "parameters": sum(x.size for x in jax.tree.leaves(nnx.state(model, nnx.Param))),
         "vocabulary": data.tokenizer.vocab_size,
-        "steps": steps,
+        "steps": train_config.steps,
         "loss": metrics[-1]["loss"],
         "train_s": round(sum(row["seconds"] for row in metrics), 2),
         **held_out_quality(model, data, batch=train_config.batch),
@@ -137,12 +134,6 @@ def run(config: Config, run: Run) -> list[Row]:
     report = write_report(run, rows, [row["loss"] for row in metrics], sampled_text(model, data, config))
     console.print(report, markup=False, highlight=False, soft_wrap=True)
     return rows
-
-
-def _size_name(config: Config) -> str:
-    if config.size != "auto":
-        return config.size
-    return "large" if jax.default_backend() == "gpu" else "small"
 
 
 def _check(config: Config, size: Size) -> None:
@@ -209,7 +200,7 @@ def _logits(
 def compare(model: OPT, data: Data, tokens: Int[Array, "batch length"], sparse_rows: int, config: Config) -> list[Row]:
     """The same weights dense and sparse: logits, greedy text, and the time of each, measured in turns: two rows."""
     params = nnx.state(model, nnx.Param)
-    models = {"dense": model, "sparse": _with_config(model, sparse_rows=sparse_rows)}
+    models = {"dense": model, "sparse": with_sparse_rows(model, sparse_rows)}
     prompt = _prompt(data, config)
     forwards, decodes = {}, {}
     for name, variant in models.items():
@@ -244,13 +235,6 @@ def sampled_text(model: OPT, data: Data, config: Config) -> str:
     sampling: dict[str, Any] = {"temperature": 0.8, "top_p": 0.9, "key": key}
     tokens = generate(model, [_prompt(data, config)], max_new_tokens=config.new_tokens, **sampling)[0]
     return f"{data.tokenizer.decode(_prompt(data, config))} ▸ {data.tokenizer.decode(tokens)}".rstrip()
-
-
-def _with_config(model: OPT, **changes: int | None) -> OPT:
-    """The same parameters under a changed config."""
-    config = dataclasses.replace(model.config, **changes)
-    graphdef = nnx.graphdef(nnx.eval_shape(lambda: OPT(config, rngs=nnx.Rngs(0))))
-    return nnx.merge(graphdef, nnx.state(model))
 
 
 def _timed_in_turns(

@@ -33,7 +33,7 @@ from jax import lax
 from jaxtyping import Array, Int, Int32
 from rich.console import Console
 
-from experiments import figures, language_models, pretrain, quickstart
+from experiments import figures, language_models, options, pretrain, quickstart
 from experiments.language_models import Data
 from experiments.runs import Row, Run, markdown_table, write_atomically
 from models import OPT, load_opt, save_opt
@@ -151,24 +151,15 @@ def run(config: Config, run: Run) -> list[Row]:
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
             rows += json.loads((folder / "rows.json").read_text())
     shutil.rmtree(run.folder / "compiled", ignore_errors=True)
-    shown, images = readme({"rows": rows})
-    for file, content in images.items():
-        run.write(file, content)
-    print(shown)
+    run.show(*readme({"rows": rows}))
     return rows
 
 
 def _check(config: Config) -> None:
     """What would otherwise show only after the training."""
-    known = (UNCHANGED, *METHODS, *(name + L1 for name in METHODS))
-    if unknown := set(config.methods) - set(known):
-        raise ValueError(f"methods must be some of {', '.join(known)}; got {', '.join(sorted(unknown))}")
-    for name in ("steps", "calibration", "windows", "prompt_tokens", "new_tokens"):
-        if (value := getattr(config, name)) is not None and value < 1:
-            raise ValueError(f"{name} must be at least 1; got {name}={value}")
-    for name in ("l1", "increase", "seed"):
-        if not getattr(config, name) >= 0:
-            raise ValueError(f"{name} must be at least 0; got {name}={getattr(config, name)}")
+    options.check_known(config, "methods", (UNCHANGED, *METHODS, *(name + L1 for name in METHODS)))
+    options.check_least(config, 1, "steps", "calibration", "windows", "prompt_tokens", "new_tokens")
+    options.check_least(config, 0, "l1", "increase", "seed")
     if config.wikitext is not None and not config.wikitext.is_file():
         raise FileNotFoundError(f"a text to evaluate on must be a file; there is no {config.wikitext}")
     if config.source is not None and not (config.source / "tokens.npz").is_file():
@@ -192,9 +183,7 @@ def prepare(config: Config, run: Run) -> Subject:
     if config.source is None and not (source / "model").exists():
         pretrain.run(trained, run)
     model = load_opt(source / "model", dtype=trained.dtype, param_dtype="float32")
-    with np.load(source / "tokens.npz") as arrays:
-        windows = {part: text.token_windows(arrays[part], length=trained.length) for part in ("train", "held_out")}
-    data = Data(tokenizer=text.load_tokenizer(source / "tokenizer"), bytes_per_token=math.nan, **windows)
+    data = language_models.load(source)
     test = data.held_out[:: max(len(data.held_out) // config.windows, 1)][: config.windows]
     if config.wikitext is not None:
         joined = evaluation.joined_rows(text.read_text(config.wikitext))
@@ -270,7 +259,9 @@ def train_on(config: Config, subject: Subject, model: OPT, l1: float, folder: Pa
     if l1:  # low for a quarter of the way, at its full weight for the last one
         weight = objectives.sine_stages((l1 / 10, l1), (max(steps // 4, 1), max(steps * 3 // 4, 2)))
     objective = watched(objectives.l1_objective(weight), subject.data.held_out[:WATCHED])
-    return language_models.train(model, subject.data, fine_tuning, config.seed, folder, Console(), objective=objective)
+    return language_models.train(
+        model, subject.data.train, fine_tuning, config.seed, folder, Console(), objective=objective
+    )
 
 
 def watched(

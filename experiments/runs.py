@@ -14,7 +14,7 @@ import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -69,6 +69,19 @@ class Run:
     def write(self, name: str, content: str | bytes) -> Path:
         """Leaves a file in the run's folder."""
         return write_atomically(self.folder / name, content)
+
+    def show(self, text: str, figures: Mapping[str, bytes]) -> None:
+        """Prints what an experiment's `readme` makes of its rows, and leaves the figures."""
+        for name, content in figures.items():
+            self.write(name, content)
+        print(text, flush=True)
+
+    def remembered[T: Row | list[Row]](self, name: str, compute: Callable[[], T]) -> T:
+        """What an earlier process of this run has computed under this name, or else computes it."""
+        path = self.folder / "checkpoints" / f"{name}.json"  # removed when the run is finished
+        if not path.exists():
+            self.write(f"checkpoints/{path.name}", json.dumps(compute()))
+        return json.loads(path.read_text())
 
     def finish(self, rows: Sequence[Row]) -> None:
         """Writes the rows, a JSON object a line: the run is finished, and what only continues it is removed."""

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import products
+from experiments import options, products
 from experiments.runs import Row, Run, markdown_table
 from pallas_kernels import MicroTileIndex, gather_matmul
 from pallas_kernels.case import tolerance
@@ -59,10 +59,7 @@ def run(config: Config, run: Run) -> list[Row]:
     """A row for each dtype, granularity and sparsity, and a figure."""
     products.require_gpu("sread_cost")
     rows = measure(config)
-    text, figures = readme({"rows": rows})
-    for name, content in figures.items():
-        run.write(name, content)
-    print(text)
+    run.show(*readme({"rows": rows}))
     return rows
 
 
@@ -73,12 +70,8 @@ def measure(config: Config, timer: Timer = cupti) -> list[Row]:
         ValueError: an option is empty or holds what it must not.
         RuntimeError: a result is not that of the reference.
     """
-    for name in ("dtypes", "rows", "sparsities"):
-        if not getattr(config, name):
-            raise ValueError(f"{name} must hold something; got none")
-    for sparsity in config.sparsities:
-        if not 0 <= sparsity <= 1:
-            raise ValueError(f"sparsities must be 0 to 1; got {sparsity}")
+    options.check_filled(config, "dtypes", "rows", "sparsities")
+    options.check_shares(config, "sparsities")
     for dtype in config.dtypes:
         tolerance(dtype)
     rows = []

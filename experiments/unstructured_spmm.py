@@ -15,7 +15,6 @@ Expected where the kernel is as quick as it is meant to be: at n = 8, 1.15 to 1.
 
 import dataclasses
 import functools
-import json
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -27,14 +26,13 @@ from flax import nnx
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
-from experiments import moe, products
-from experiments.pruning import LOADERS
+from experiments import options, products, programs
+from experiments.pruning import load_model
 from experiments.runs import Row, Run, markdown_table
 from pallas_kernels.unstructured_matmul import UnstructuredWeights, unstructured_matmul, work
 from pallas_kernels.unstructured_matmul.weights import VALUE_DTYPES
 from pallas_kernels.workbench.gpus import find_gpu
 from pallas_kernels.workbench.timing import ROUNDS, Timer, cupti
-from sparsellm import huggingface
 
 # Source: Flash-LLM (VLDB'24), section 6.1: the four products of OPT-30B, 66B and 175B.
 FLASH_LLM = tuple(
@@ -91,11 +89,8 @@ class Problem:
 
 def run(config: Config, run: Run) -> list[Row]:
     """A row for each matrix, dtype of values and n; and a figure."""
-    rows = measure(config, run, cupti if jax.default_backend() == "gpu" else moe.wall_clock)
-    shown, figures = readme({"rows": rows})
-    for name, content in figures.items():
-        run.write(name, content)
-    print(shown)
+    rows = measure(config, run, cupti if jax.default_backend() == "gpu" else programs.wall_clock)
+    run.show(*readme({"rows": rows}))
     return rows
 
 
@@ -110,7 +105,7 @@ def measure(config: Config, run: Run, timer: Timer) -> list[Row]:
     rows = []
     for number, problem in enumerate(problems(config)):
         compute = functools.partial(measure_matrix, config, problem, timer)
-        rows += moe.remembered(run, f"rows_{number}", compute)
+        rows += run.remembered(f"rows_{number}", compute)
     return rows
 
 
@@ -119,17 +114,13 @@ def _checked(config: Config) -> Config:
     if config.all:
         sparsities = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
         config = dataclasses.replace(config, shapes=FLASH_LLM, ns=(8, 16, 32, 64, 128, 256), sparsities=sparsities)
-    for name in ("shapes", "ns", "sparsities", "value_dtypes"):
-        if not getattr(config, name):
-            raise ValueError(f"{name} must hold something; got none")
+    options.check_filled(config, "shapes", "ns", "sparsities", "value_dtypes")
+    options.check_least(config, 1, "ns")
+    options.check_known(config, "dtype", ("bfloat16", "float16"))
+    options.check_known(config, "value_dtypes", ("dtype", *VALUE_DTYPES))
     for shape in config.shapes:
         _sizes(shape)
-    if min(config.ns) < 1 or not all(0 <= sparsity <= 1 for sparsity in config.sparsities):
-        raise ValueError(f"ns must be at least 1, sparsities 0 to 1; got {config.ns}, {config.sparsities}")
-    for name, known in (("dtype", ("bfloat16", "float16")), ("value_dtypes", ("dtype", *VALUE_DTYPES))):
-        value = getattr(config, name)
-        if not {value} <= set(known) if isinstance(value, str) else not set(value) <= set(known):
-            raise ValueError(f"{name} must be of {', '.join(known)}; got {value}")
+    options.check_shares(config, "sparsities")
     return config
 
 
@@ -152,11 +143,8 @@ def problems(config: Config) -> Iterator[Problem]:
 
 
 def _pruned_layers(source: str, dtype: str) -> Iterator[Problem]:
-    folder = huggingface.find_folder(source)
-    kind = json.loads((folder / "config.json").read_text()).get("model_type")
-    if kind not in LOADERS:
-        raise ValueError(f"source must be a model of {' or '.join(LOADERS)}; {folder} is of {kind}")
-    layers = LOADERS[kind](folder, dtype=dtype).layers
+    model, _, folder = load_model(source, dtype=dtype)
+    layers = model.layers
     middle = len(layers) // 2
     for path, module in nnx.iter_modules(layers[middle]):
         if type(module) is nnx.Linear:

@@ -2,22 +2,21 @@ import dataclasses
 import importlib
 import json
 import math
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
+from flax import nnx
+from rich.console import Console
 
-from experiments import quickstart, report, runs
+from experiments import language_models, quickstart, report, runs
 from experiments.__main__ import main, questions
-from sparsellm import training
+from models import OPT, load_opt
+from sparsellm import text, training
+from sparsellm.generation import generate
 
-ROOT = Path(__file__).parents[1]
 EXPERIMENTS = sorted(questions())
 
 
@@ -182,10 +181,21 @@ def quickstart_arguments(corpus: Path, folder: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def finished(corpus, tmp_path_factory) -> Path:
-    """The folder of a smoke run."""
-    folder = tmp_path_factory.mktemp("runs")
-    assert main(quickstart_arguments(corpus, folder)) == 0
+    """The folder of a smoke run, which was interrupted between two checkpoints, and went on."""
+    folder, get = tmp_path_factory.mktemp("runs"), text.ShuffledBatches.__getitem__
+
+    def interrupted(self, step: int):
+        if step == 17:
+            raise KeyboardInterrupt
+        return get(self, step)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(text.ShuffledBatches, "__getitem__", interrupted)
+        assert main(quickstart_arguments(corpus, folder)) == 130
     (run,) = (folder / "quickstart").iterdir()
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {"10"}
+    assert main(quickstart_arguments(corpus, folder)) == 0
+    assert list((folder / "quickstart").iterdir()) == [run] and not (run / "checkpoints").exists()
     return run
 
 
@@ -214,8 +224,6 @@ def test_quickstart_learns_and_its_paths_and_formats_agree(finished):
 
 def test_the_densities_are_those_of_the_activations_recomputed_by_hand(finished):
     """The first layer's feed-forward activation in numpy float64, from the saved weights."""
-    from models import load_opt
-
     model = load_opt(finished / "model" / "orbax")
     with np.load(finished / "tokens.npz") as arrays:
         tokens = arrays["held_out"][: 32 * 4].reshape(4, 32)
@@ -246,35 +254,23 @@ def test_the_densities_are_those_of_the_activations_recomputed_by_hand(finished)
     assert measured == pytest.approx(expected, abs=2e-3)  # a value within rounding of 0 may fall on either side
 
 
-def test_a_killed_quickstart_ends_with_the_same_loss(corpus, finished, tmp_path, capsys):
-    arguments = quickstart_arguments(corpus, tmp_path)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "experiments", *arguments], cwd=ROOT, stdout=subprocess.DEVNULL, start_new_session=True
-    )
-    try:
-        while process.poll() is None:
-            metrics = list(tmp_path.glob("quickstart/*/checkpoints/10"))
-            if metrics:
-                break
-            time.sleep(0.02)
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    assert not list(tmp_path.glob("quickstart/*/rows.jsonl")), "it was to be killed on the way"
-    assert main(arguments) == 0
-    assert "going on with" in capsys.readouterr().out
-    (run,) = (tmp_path / "quickstart").iterdir()
-    assert read_rows(run)[0]["loss"] == read_rows(finished)[0]["loss"]
-    assert read_rows(run)[0]["held_out_loss"] == read_rows(finished)[0]["held_out_loss"]
+def test_an_interrupted_quickstart_has_learned_the_same(finished, tmp_path):
+    """As a training that was not; `test_training` kills processes."""
+    size, data = quickstart.SIZES["tiny"], language_models.load(finished)
+    model = OPT(size.model, rngs=nnx.Rngs(0))
+    expected = language_models.train(model, data.train, size.training, 0, tmp_path, Console(quiet=True))
+    metrics = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    assert [row["loss"] for row in metrics] == [row["loss"] for row in expected]
+    trained = load_opt(finished / "model" / "orbax")
+    for (path, ours), theirs in zip(
+        jax.tree.leaves_with_path(nnx.state(trained)), jax.tree.leaves(nnx.state(model)), strict=True
+    ):
+        np.testing.assert_array_equal(ours, theirs, err_msg=jax.tree_util.keystr(path))
 
 
 def test_generate_streams_what_generation_returns(finished, capsys):
-    from models import load_opt
-    from sparsellm.generation import generate
-    from sparsellm.text import load_tokenizer
-
     folder = finished / "model" / "huggingface"
-    tokenizer = load_tokenizer(folder)
+    tokenizer = text.load_tokenizer(folder)
     expected = generate(load_opt(folder), [tokenizer.encode("def ")], max_new_tokens=20)[0]
     for source in (finished, folder, finished / "model" / "orbax"):
         assert main(["generate", "--source", str(source), "--prompt", "def ", "--max-new-tokens", "20"]) == 0
@@ -283,9 +279,8 @@ def test_generate_streams_what_generation_returns(finished, capsys):
 
 def test_streamed_text_waits_for_whole_characters(capsys):
     from experiments.generate import Printer
-    from sparsellm.text import train_bpe
 
-    tokenizer = train_bpe(["a"], 260)
+    tokenizer = text.train_bpe(["a"], 260)
     printer = Printer(tokenizer)
     shown = []
     for token in tokenizer.encode("é🙂\ufffd!"):
@@ -344,3 +339,11 @@ def test_a_bug_is_not_dressed_up_as_wrong_input(corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(training, "train", lambda *args, **kwargs: json.loads("{"))
     with pytest.raises(ValueError, match="Expecting property name"):
         main(quickstart_arguments(corpus, tmp_path))
+
+
+def test_long_tables_are_folded():
+    rows = [[i, i * i] for i in range(18)]
+    short, long = (runs.markdown_table(some, ["n", "square"]) for some in (rows[:16], rows))
+    folded = report._folded(f"Before:\n\n{short}\n\nBetween:\n\n{long}\n")
+    assert folded.startswith(f"Before:\n\n{short}\n\nBetween:\n\n<details><summary>All 18 rows</summary>\n\n| ")
+    assert folded.endswith("|\n\n</details>\n") and long in folded

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from experiments import moe, moe_inference, moe_layer, moe_peers, moe_training
+from experiments import moe, moe_inference, moe_layer, moe_peers, moe_training, programs
 from experiments.__main__ import main
 from experiments.runs import Run
 from sparsellm.mixture_of_experts import LinearRouter, MixtureOfExperts, RouterOutput, RouterRule
@@ -124,16 +124,16 @@ def test_a_models_experts_are_computed_another_way_on_the_same_weights(getkey):
 
 def test_what_a_run_has_computed_is_not_computed_again(tmp_path):
     with start(tmp_path, "some", moe_layer.Config()) as run:
-        assert moe.remembered(run, "a", lambda: {"x": 1.5}) == {"x": 1.5}
-        assert moe.remembered(run, "b", lambda: [{}]) == [{}]
+        assert run.remembered("a", lambda: {"x": 1.5}) == {"x": 1.5}
+        assert run.remembered("b", lambda: [{}]) == [{}]
     with start(tmp_path, "some", moe_layer.Config()) as again:
-        assert moe.remembered(again, "a", lambda: pytest.fail("computed anew")) == {"x": 1.5}
+        assert again.remembered("a", lambda: pytest.fail("computed anew")) == {"x": 1.5}
         again.finish([])
     assert not (again.folder / "checkpoints").exists()
 
 
 def test_the_wall_clock_waits_for_results():
-    out, times = moe.wall_clock(jax.jit(lambda x: x + 1), [jnp.arange(3)], 4)
+    out, times = programs.wall_clock(jax.jit(lambda x: x + 1), [jnp.arange(3)], 4)
     assert out.tolist() == [1, 2, 3] and len(times) == 4 and min(times) > 0
 
 
@@ -150,9 +150,10 @@ def described(**changes) -> moe_peers.Layer:
 def test_moe_layer_runs_on_a_cpu(tmp_path):
     rows = smoke(tmp_path, "moe_layer")
     assert [row["routing"] for row in rows] == ["uniform", "zipf"]
-    for row in rows:
+    for row, ways in zip(rows, ({"ragged_dot", "one_hot"}, set()), strict=True):  # XLA's under the first routing only
         assert row["error"] < 1e-2 and row["deterministic"] and row["bound_us"] is None
-        assert all(row[f"{name}_us"] > 0 for name in ("time", "ragged_dot", "one_hot", "bmm"))
+        assert {name for name in moe_layer.PEERS if row.get(f"{name}_us", 0) > 0} == ways | {"bmm"}
+        assert row["time_us"] > 0
 
 
 @pytest.mark.parametrize("top_k", [1, 3])
@@ -226,7 +227,7 @@ def test_moe_layer_measures_each_combination_and_goes_on_where_it_was(tmp_path, 
     with start(tmp_path, "moe_layer", config) as run:
         rows = moe_layer.measure(config, run, timer)
         assert [row["torch_us"] for row in rows] == [0, 1]
-        monkeypatch.setattr(moe_layer, "measure_layer", lambda layer, timer: pytest.fail("measured again"))
+        monkeypatch.setattr(moe_layer, "measure_layer", lambda *_, **options: pytest.fail("measured again"))
         assert moe_layer.measure(config, run, timer) == rows
     jobs = moe_layer.layers(moe_layer.Config())
     assert len(jobs) == 2 * (3 + 2 + 6 + 3 + 3 + 1) == len(set(jobs))
@@ -237,7 +238,7 @@ def test_moe_layer_measures_each_combination_and_goes_on_where_it_was(tmp_path, 
     ("changes", "message"),
     [
         ({"models": ("mixtrall",)}, "models must be some of mixtral, .*; got mixtrall"),
-        ({"models": ()}, "models must be some of .*; got none"),
+        ({"models": ()}, "models must hold something; got none"),
         ({"routings": ("random",)}, "routings must be some of uniform, zipf; got random"),
     ],
 )
@@ -296,9 +297,9 @@ def test_moe_inference_finds_a_wrong_layer(monkeypatch, getkey):
 
 def test_memory_is_that_of_weights_inputs_and_outputs(getkey):
     model, x = nnx.Linear(64, 256, rngs=nnx.Rngs(0)), jax.random.normal(getkey(), (32, 64))
-    _, compiled = moe_inference._compiled(model, [x])
-    needed = 4 * (64 * 256 + 256 + 32 * 64 + 32 * 256)
-    assert needed <= moe_inference._memory(compiled) < 2 * needed
+    _, compiled = programs.compile_model(lambda model, x: model(x), model, x)
+    needed = 4 * (64 * 256 + 256 + 32 * 64 + 32 * 256) / 2**30
+    assert needed - 1e-3 <= programs.memory_gib(compiled) < 2 * needed + 1e-3
 
 
 def test_routers_are_sure_and_experts_show():
@@ -313,7 +314,7 @@ def test_routers_are_sure_and_experts_show():
     assert float(jnp.median(router.weights)) > 0.5
     wo = model.encoder.block[1].mlp.wo
     wo[...] = jnp.roll(wo[...], 1, axis=0)
-    assert float(moe_inference.median_error(forward(model, *arrays)[0], before)) > 0.05
+    assert float(programs.median_error(forward(model, *arrays)[0], before)) > 0.05
 
 
 def _is_router(x: Any) -> bool:
@@ -326,7 +327,8 @@ def _is_router(x: Any) -> bool:
         ({"models": ("opt-125m",)}, "models must start with switch- or swin-; got 'opt-125m'"),
         ({"models": ("switch-huge",)}, "size must be one of .*; got 'huge'"),
         ({"baselines": ("sparse",)}, "baselines must be some of xla, one_hot; got sparse"),
-        ({"dtypes": ()}, "dtypes must be some of bfloat16, .*; got none"),
+        ({"dtypes": ()}, "dtypes must hold something; got none"),
+        ({"dtypes": ("int8",)}, "dtypes must be some of bfloat16, .*; got int8"),
         ({"batches": ()}, "batches must hold something; got none"),
     ],
 )
@@ -367,7 +369,7 @@ def test_moe_inference_puts_transformers_next_to_ours(tmp_path, monkeypatch):
 
 
 def test_without_torch_its_columns_stay_empty(monkeypatch, capsys):
-    monkeypatch.setattr(moe_peers.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(moe_peers.peers.importlib.util, "find_spec", lambda name: None)
     assert moe_peers.measure_layers([described(), described()]) == [{}, {}]
     assert capsys.readouterr().out == "torch is not installed: the columns of torch's layer stay empty\n"
 
@@ -376,7 +378,7 @@ def test_the_peers_process_reads_both_kinds_of_jobs(tmp_path, monkeypatch):
     (tmp_path / "torch.py").write_text("class cuda:\n    is_available = staticmethod(lambda: False)\n")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    jobs = [moe_peers._described(job) for job in (described(), moe_peers.Model(config={}, dtype="bfloat16", batches=[2], length=8))]  # fmt: skip  # noqa: E501
+    jobs = [described(), moe_peers.Model(config={}, dtype="bfloat16", batches=[2], length=8)]
     assert moe_peers.peers.ask("experiments.moe_peers", jobs, "both") == [{}, {}]
 
 
@@ -417,7 +419,7 @@ def test_moe_training_refuses_losses_that_do_not_agree(tmp_path, monkeypatch):
     config, losses = moe_training.Config.smoke(), {"sparse": [4.0, 3.0], "one_hot": [4.0, 3.2]}
     norms = {"sparse": 1.1, "one_hot": 1.0}
 
-    def train(model, batches, config, run, variant):
+    def train(model, windows, config, seed, run, variant):
         norm = norms[variant]
         return {"losses": losses[variant], "balances": [1.0, 1.0], "gradient_norm": norm, "step_ms": 2.0}
 

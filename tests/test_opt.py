@@ -15,6 +15,7 @@ from flax import nnx
 from models import OPT, PRESETS, OPTConfig
 from models.opt import DecoderLayer
 from pallas_kernels import micro_tile_index
+from sparsellm.relufication import with_config
 from sparsellm.sharding import create_model
 
 TINY = OPTConfig(vocab_size=97, layers=1, d_model=22, heads=2, d_ff=53, max_length=31, init_std=0.3)
@@ -58,13 +59,6 @@ def make(config: OPTConfig) -> OPT:
 @pytest.fixture(scope="module", params=[TINY, POST_NORM], ids=["pre_norm", "post_norm"])
 def model(request):
     return make(request.param)
-
-
-def with_config(model: OPT, **changes) -> OPT:
-    """The same parameters under another configuration."""
-    config = dataclasses.replace(model.config, **changes)
-    graphdef, _ = nnx.split(nnx.eval_shape(lambda: OPT(config, rngs=nnx.Rngs(0))))
-    return nnx.merge(graphdef, nnx.state(model))
 
 
 @pytest.mark.parametrize("size", PRESETS)
@@ -270,6 +264,7 @@ SHARDED = """
 import dataclasses, jax, numpy as np
 from flax import nnx
 from models import OPT, OPTConfig, load_opt, save_hf, save_opt
+from sparsellm.relufication import with_config
 from sparsellm.sharding import create_model
 
 config = OPTConfig(vocab_size=92, layers=1, d_model=24, heads=4, d_ff=52, max_length=31, init_std=0.3)

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from experiments import opt_decode
+from experiments import opt, opt_decode, opt_serving
 from experiments.__main__ import main
 from experiments.runs import Run
-from models import OPT, OPTConfig, feed_forward, with_predictors
-from sparsellm.predictors import LowRankPredictor
+from models import OPT, OPTConfig, feed_forward, save_opt, with_predictors
+from sparsellm.predictors import LowRankPredictor, save_predictors
 
 CONFIG = dataclasses.replace(opt_decode.Config.smoke(), batches=(2,))
 
@@ -36,12 +36,17 @@ def test_a_row_dense_and_a_row_sparse(finished):
     assert "target" in (run.folder / "fit_tiny.md").read_text()
 
 
+def random_model(config: OPTConfig) -> OPT:
+    """Numpy makes it, which compiles nothing."""
+    rng = np.random.default_rng(0)
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: OPT(config, rngs=nnx.Rngs(0))))
+    return nnx.merge(graphdef, jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), state))
+
+
 @pytest.mark.parametrize("lost", [0, 8])
 def test_neurons_that_a_list_loses_are_found(lost, monkeypatch):
-    rng = np.random.default_rng(0)
     config = OPTConfig(vocab_size=31, layers=1, d_model=8, heads=2, d_ff=16, max_length=8, neuron_major=True)
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: OPT(config, rngs=nnx.Rngs(0))))
-    model = nnx.merge(graphdef, jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), state))
+    model = random_model(config)
     predictor = LowRankPredictor(8, 2, 16, threshold=-np.inf, rngs=nnx.Rngs(0))
     compact = feed_forward.compact
     monkeypatch.setattr(feed_forward, "compact", lambda mask: (compact(mask)[0], compact(mask)[1] - lost))
@@ -50,6 +55,49 @@ def test_neurons_that_a_list_loses_are_found(lost, monkeypatch):
     checked.clear_cache()  # the patch is no part of its key
     error, shares = opt_decode.check_lists(lists, tokens, model.init_cache(2, 4))
     assert shares == [1] and (error > 1e-2) == bool(lost)
+
+
+def test_a_checkpoint_decodes_with_its_own_predictors(tmp_path, monkeypatch):
+    model = random_model(opt.config_of("tiny", "float32"))
+    made = [LowRankPredictor(16, 2, 64, threshold=threshold, rngs=nnx.Rngs(0)) for threshold in (-np.inf, np.inf)]
+    save_opt(model, tmp_path / "source" / "model")  # as pretrain leaves it
+    save_predictors(made[:1], tmp_path / "predictors", model)
+    token = jnp.zeros(2, jnp.int32)
+    begin = opt_decode.Rows(token, token, jnp.int32(0), model.init_cache(2, 12))
+    asked = []
+    monkeypatch.setattr(opt, "time_decode", lambda model, batch, **options: (asked.append(options) or 2.0, begin))
+    folders: dict[str, Any] = {"source": str(tmp_path / "source"), "predictors": tmp_path / "predictors"}
+    config = dataclasses.replace(CONFIG, **folders)
+    with Run.start("opt_decode", config, root=tmp_path) as run:
+        dense, sparse = opt_decode.measure(config, run)
+    assert dense["model"] == "source" and dense["weights"] == folders["source"]
+    assert (dense["time_ms"], sparse["time_ms"], sparse["density"]) == (2, 2, 1) and sparse["error"] < 1e-5
+    assert asked == 2 * [{"context": 8, "steps": 4, "repeats": 1, "seed": 0, "sampling": opt_decode.GREEDY}]
+    served = []
+    monkeypatch.setattr(opt_serving, "_measure", lambda config, *models: served.append(models) or {})
+    serve = dataclasses.replace(opt_serving.Config.smoke(), **folders)
+    assert [row["variant"] for row in opt_serving.measure(serve)] == ["dense", "sparse"]
+    serving, reference, _ = served[1]
+    assert (serving.layers[0].prediction, reference.layers[0].prediction) == ("lists", "mask")
+    np.testing.assert_array_equal(serving.layers[0].predictor.down[...], made[0].down[...])
+    with pytest.raises(ValueError, match="predictors must be a source's; got predictors=.* and no source"):
+        opt_serving.measure(dataclasses.replace(serve, source=None))
+
+
+def test_a_step_is_timed_when_nothing_compiles(monkeypatch):
+    """Two chunks are left out; each begins with the context, and ends behind its steps."""
+    model = random_model(opt.config_of("tiny", "float32"))
+    clock, seen = iter([0.0, 9.0, 0.0, 9.0, 0.0, 0.004, 0.0, 0.008, 0.0, 0.1]), []
+
+    def decode(graphdef, state, rows, key, sampling, eos_id, reader, *, steps):
+        seen.append((rows.cache.filled.tolist(), rows.left.tolist(), rows.cache.keys[0].shape))
+        return rows._replace(cache=rows.cache._replace(filled=rows.cache.filled + steps)), jnp.zeros((steps, 2))
+
+    monkeypatch.setattr(opt, "decode", decode)
+    monkeypatch.setattr(opt.time, "perf_counter", lambda: next(clock))
+    ms, rows = opt.time_decode(model, 2, context=5, steps=4, repeats=3)
+    assert ms == 2 and rows.cache.filled.tolist() == [5, 5]
+    assert seen == 5 * [([5, 5], [5, 5], (2, 9, 2, 8))]
 
 
 def test_readme_shows_both_next_to_transformers():
@@ -71,7 +119,7 @@ def test_readme_shows_both_next_to_transformers():
         (["--batches", "33"], "batches must be 1 to 32, which share a list; got batches=(33,)"),
         (["--batches", "0"], "batches must be 1 to 32"),
         (["--steps", "0"], "steps must be at least 1; got steps=0"),
-        (["--steps", "200"], "steps * (repeats + 1) must fit into 256 positions of tiny; got 400"),
+        (["--steps", "249"], "context and steps must fit into the 256 positions of tiny; got context=8, steps=249"),
         (["--sizes", "31b"], "size must be one of"),
         (["--dtype", "int8"], "dtype must be one of"),
         (["--source", "somewhere"], "source and predictors go together"),

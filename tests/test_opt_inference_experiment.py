@@ -2,46 +2,52 @@
 
 import dataclasses
 import json
-import sys
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
-from experiments import opt, opt_inference, opt_peers, opt_serving
+from experiments import opt, opt_inference, opt_peers, opt_serving, programs
 from experiments.__main__ import main
 from experiments.records import LONGEST, choose_records, made_up_records, read_records
 from experiments.runs import Run
+from models import OPT
 from sparsellm.serving import Answer, Request
 from sparsellm.text import train_bpe
 
 
-def smoke(tmp_path, name: str):
+@pytest.fixture(scope="module")
+def model() -> OPT:
+    """Of the tiny size; numpy makes it, which compiles nothing. `test_opt_decode_experiment` makes synthetic ones."""
+    config, rng = opt.config_of("tiny", "float32", neuron_major=True), np.random.default_rng(0)
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: OPT(config, rngs=nnx.Rngs(0))))
+    return nnx.merge(graphdef, jax.tree.map(lambda x: jnp.asarray(0.3 * rng.normal(size=x.shape), x.dtype), state))
+
+
+def smoke(tmp_path, name: str, model: OPT, monkeypatch) -> list[dict[str, Any]]:
+    monkeypatch.setattr(opt, "make_model", lambda *arguments, **options: (model, "random"))
     assert main([name, "--smoke", "--runs", str(tmp_path)]) == 0
     (folder,) = (tmp_path / name).glob("*/")
     assert (folder / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
     return [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
 
 
-def test_opt_inference_runs_on_a_cpu(tmp_path, capsys):
-    rows = smoke(tmp_path, "opt_inference")
+def test_opt_inference_runs_on_a_cpu(tmp_path, capsys, model, monkeypatch):
+    rows = smoke(tmp_path, "opt_inference", model, monkeypatch)
     assert [row["variant"] for row in rows] == ["padded", "packed", "packed+sparse"]
     assert rows[0]["error"] == 0 and all(row["error"] < 1e-4 and row["time_ms"] > 0 for row in rows)
     assert "| opt-tiny | ".replace(" ", "") in capsys.readouterr().out.replace(" ", "")
 
 
-def test_opt_serving_runs_on_a_cpu(tmp_path):
-    dense, sparse = smoke(tmp_path, "opt_serving")
+def test_opt_serving_runs_on_a_cpu(tmp_path, model, monkeypatch):
+    dense, sparse = smoke(tmp_path, "opt_serving", model, monkeypatch)
     assert (dense["variant"], sparse["variant"]) == ("dense", "sparse")
     for row in (dense, sparse):
         assert row["error"] < 1e-3 and row["tokens_per_s"] > 0 and len(row["latencies_s"]) == row["requests"] == 6
         assert 0 < row["first_token_s_p50"] <= row["first_token_s_p99"] <= row["latency_s_p99"]
-
-
-@pytest.fixture(scope="module")
-def model():
-    """As opt_serving's smoke form makes it, so that its programs are compiled already."""
-    return opt.make_model("tiny", "float32", source=None, profile=None, seed=0, neuron_major=True)[0]
 
 
 @jax.jit
@@ -77,14 +83,12 @@ def test_the_middle_layer_is_given_what_comes_out_of_those_before_it(model):
 def test_a_wrong_variant_is_not_let_pass(model, monkeypatch):
     def wrong(batch):
         tokens, ends, packing = opt_inference.pack(batch)[0], *(lambda p: (p.last - 1, p))(opt_inference.pack(batch)[1])
-        return tokens, ends, packing
+        return [tokens, ends, packing]
 
     monkeypatch.setattr(opt_inference, "_packed", wrong)
     monkeypatch.setattr(opt_inference, "parts_ms", lambda *_: {})
     with pytest.raises(RuntimeError, match="packed: logits differ by"):
-        opt_inference._measure_batch(
-            opt_inference.Config.smoke(), model, [(5, 6, 7), (8, 9)], opt_inference.moe.wall_clock
-        )
+        opt_inference._measure_batch(opt_inference.Config.smoke(), model, [(5, 6, 7), (8, 9)], programs.wall_clock)
 
 
 def test_a_wrong_answer_is_not_let_pass(model):
@@ -99,6 +103,18 @@ def test_a_wrong_answer_is_not_let_pass(model):
         wrong = [*right[:i], (right[i] + 1) % 512, *right[i + 1 :]]
         assert opt_serving.largest_gap(model, request, Answer(tokens=wrong), 48) > opt_serving.TOLERANCE
     assert opt_serving.largest_gap(model, request, Answer(tokens=right[:2]), 48) == 0
+
+
+def test_texts_that_are_drawn_do_not_run_in_circles(model):
+    hidden = jax.random.normal(jax.random.key(0), (64, model.config.d_model))
+    own, drawn, other = (
+        jax.jit(lambda m, x: m.logits(x))(opt_serving.Drawn(model, evenly), x)
+        for evenly, x in ((0.0, hidden), (1.0, hidden), (1.0, hidden * np.float32(1.0001)))
+    )
+    np.testing.assert_array_equal(own, model.logits(hidden))
+    tokens = np.argmax(np.asarray(drawn), axis=1)
+    assert len(set(tokens)) > 55 and np.mean(tokens) == pytest.approx(256, abs=60)  # 64 draws of 512
+    assert np.mean(tokens == np.argmax(np.asarray(other), axis=1)) < 0.1
 
 
 @pytest.mark.parametrize(
@@ -120,8 +136,9 @@ def test_what_is_refused(tmp_path, experiment, changes, message):
         experiment.run(config, run)
 
 
-def test_transformers_is_put_next_to_ours(tmp_path, monkeypatch):
+def test_transformers_is_put_next_to_ours(tmp_path, monkeypatch, model):
     asked = []
+    monkeypatch.setattr(opt, "make_model", lambda *arguments, **options: (model, "random"))
 
     def measure(config, batches, repeats):
         asked.append((config.d_model, batches, repeats))
@@ -138,13 +155,6 @@ def test_transformers_is_put_next_to_ours(tmp_path, monkeypatch):
     ((width, (whole, cut), repeats),) = asked
     assert (width, repeats) == (16, 2) and max(whole) > 9 and cut == [min(length, 9) for length in whole]
     assert [row["tokens"] for row in rows] == [sum(whole)] * 3 + [sum(cut)] * 3
-
-
-def test_without_torch_its_columns_stay_empty(monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "torch", None)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert opt_peers.measure_prefill(opt.config_of("tiny", "bfloat16"), [[3, 4], [5]], 1) == [{}, {}]
-    assert "torch is not installed: the columns of transformers stay empty" in capsys.readouterr().out
 
 
 # Records.

@@ -7,11 +7,13 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+from rich.console import Console
 
 from experiments import language_models, pretrain
 from experiments.__main__ import main
 from models import OPT, OPTConfig, load_opt
 from sparsellm import evaluation, text
+from sparsellm.objectives import l1_objective
 
 SENTENCES = ["a good film", "a bad film", "it was good", "it was bad"]
 
@@ -36,10 +38,22 @@ def arguments(files: Path, runs: Path, *more: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def finished(files, tmp_path_factory) -> Path:
-    """The folder of a smoke run."""
-    runs = tmp_path_factory.mktemp("runs")
-    assert main(arguments(files, runs)) == 0
+    """The folder of a smoke run, which was interrupted between two checkpoints, and went on."""
+    runs, get = tmp_path_factory.mktemp("runs"), text.ShuffledBatches.__getitem__
+
+    def interrupted(self, step: int):
+        if step == 17:
+            raise KeyboardInterrupt
+        return get(self, step)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(text.ShuffledBatches, "__getitem__", interrupted)
+        assert main(arguments(files, runs)) == 130
     (run,) = (runs / "pretrain").iterdir()
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {"10"} and list((run / "compiled").iterdir())
+    assert jax.config.jax_compilation_cache_dir is None
+    assert main(arguments(files, runs)) == 0
+    assert list((runs / "pretrain").iterdir()) == [run]
     return run
 
 
@@ -73,27 +87,18 @@ def test_the_model_learns_gets_sparser_and_is_left_with_its_tokenizer(finished, 
     assert summary["sst2_accuracy"] in (0, 0.25, 0.5, 0.75, 1)
 
 
-def test_an_interrupted_run_ends_the_same_to_the_bit(files, finished, tmp_path, monkeypatch, capsys):
-    """Between two checkpoints; `test_training` and `test_experiments` kill processes."""
-    get = text.ShuffledBatches.__getitem__
-    command = ["pretrain", "--smoke", "--corpus", str(files / "corpus.txt"), "--runs", str(tmp_path)]
-
-    def interrupted(self, step: int):
-        if step == 17:
-            raise KeyboardInterrupt
-        return get(self, step)
-
-    monkeypatch.setattr(text.ShuffledBatches, "__getitem__", interrupted)
-    assert main(command) == 130
-    monkeypatch.undo()
-    (run,) = (tmp_path / "pretrain").iterdir()
-    assert {path.name for path in (run / "checkpoints").iterdir()} == {"10"} and list((run / "compiled").iterdir())
-    assert jax.config.jax_compilation_cache_dir is None
-    assert main(command) == 0
-    assert "going on with" in capsys.readouterr().out
-    (summary, *steps), (expected, *expected_steps) = read_rows(run), read_rows(finished)
-    assert steps == expected_steps
-    assert summary["held_out_loss"] == expected["held_out_loss"]
+def test_an_interrupted_run_ends_the_same_to_the_bit(finished, tmp_path):
+    """As a training that was not; `test_training` kills processes."""
+    config, data = pretrain.Config.smoke(), language_models.load(finished)
+    model = OPT(pretrain.model_config(config, 320), rngs=nnx.Rngs(0))
+    objective = l1_objective(pretrain.l1_weight(config))
+    recipe = pretrain.training_config(config)
+    expected = language_models.train(model, data.train, recipe, 0, tmp_path, Console(quiet=True), objective=objective)
+    _, *steps = read_rows(finished)
+    assert steps == pretrain.step_rows(expected)
+    trained, tree = load_opt(finished / "model"), jax.tree
+    for ours, theirs in zip(tree.leaves(nnx.state(trained)), tree.leaves(nnx.state(model)), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
 
 
 SIZES = {"vocab_size": 96, "layers": 3, "d_model": 16, "heads": 2, "d_ff": 40, "max_length": 64}

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from experiments import decode_peers, opt_decode_pruned, peers, unstructured_spmm
+from experiments import opt, opt_decode_pruned, opt_peers, peers, unstructured_spmm
 from experiments.__main__ import main
 from experiments.runs import Run
 from models import OPT, OPTConfig, save_opt
@@ -153,7 +153,7 @@ def test_a_random_model_is_never_dense_as_a_whole(monkeypatch):
 
 
 def test_a_pruned_model_is_measured_as_it_is_and_compressed(pruned, monkeypatch):
-    monkeypatch.setattr(opt_decode_pruned, "token_ms", lambda *arguments: 1.0)
+    monkeypatch.setattr(opt, "time_decode", lambda *arguments, **options: (1.0, None))
     config = dataclasses.replace(DECODE, source=str(pruned))
     dense, sparse = opt_decode_pruned.measure_model(config, str(pruned), None)
     assert dense["variant"] == "dense" and sparse["variant"] == "unstructured"
@@ -168,7 +168,7 @@ def test_what_does_not_fit_is_said_and_not_made(monkeypatch, capsys):
     (row,) = opt_decode_pruned.measure_model(config, "1.3b", 0.0)
     assert row["memory_gib"] == pytest.approx(2 * 1.316e9 / 2**30, rel=0.01) and "time_ms" not in row
     assert "1.3b at 0% needs 2 of 2 GiB: left out" in capsys.readouterr().out
-    pruned = opt_decode_pruned.bytes_needed(opt_decode_pruned.sizes(config, "1.3b"), 0.7)
+    pruned = opt_decode_pruned.bytes_needed(opt.config_of("1.3b", "bfloat16"), 0.7)
     blocks = 24 * 12 * 2048**2  # all other parameters stay dense
     assert pruned == pytest.approx(2 * (1.316e9 - blocks) + 1.1 * (0.6 + 1 / 8) * blocks, rel=0.01)
     text, _ = opt_decode_pruned.readme({"rows": [row]})
@@ -176,8 +176,8 @@ def test_what_does_not_fit_is_said_and_not_made(monkeypatch, capsys):
 
 
 def test_the_largest_batch_is_reckoned_from_bytes(monkeypatch):
-    model = opt_decode_pruned.random_opt(opt_decode_pruned.sizes(DECODE, "tiny"), 0.0, jax.random.key(0))
-    monkeypatch.setattr(opt_decode_pruned, "token_ms", lambda *arguments: 1.0)
+    model = opt_decode_pruned.random_opt(opt.config_of("tiny", "float32"), 0.0, jax.random.key(0))
+    monkeypatch.setattr(opt, "time_decode", lambda *arguments, **options: (1.0, None))
     rows = []
     for batch in (2, 4):
         monkeypatch.setattr(opt_decode_pruned.memory, "capacity", lambda: 2**28)
@@ -192,14 +192,14 @@ def test_the_largest_batch_is_reckoned_from_bytes(monkeypatch):
     ("name", "options", "message"),
     [
         ("unstructured_spmm", ["--shapes", "28672"], 'a shape is "MxK"'),
-        ("unstructured_spmm", ["--sparsities", "1.5"], "sparsities 0 to 1"),
+        ("unstructured_spmm", ["--sparsities", "1.5"], "sparsities must be 0 to 1"),
         ("unstructured_spmm", ["--ns", "0"], "ns must be at least 1"),
-        ("unstructured_spmm", ["--dtype", "float64"], "dtype must be of bfloat16, float16; got float64"),
-        ("unstructured_spmm", ["--value-dtypes", "int4"], "value_dtypes must be of dtype, int8"),
-        ("opt_decode_pruned", ["--models", "14b"], "models must be some of tiny, 125m"),
+        ("unstructured_spmm", ["--dtype", "float64"], "dtype must be one of bfloat16, float16; got 'float64'"),
+        ("unstructured_spmm", ["--value-dtypes", "int4"], "value_dtypes must be some of dtype, int8"),
+        ("opt_decode_pruned", ["--models", "14b"], "size must be one of tiny, 125m"),
         ("opt_decode_pruned", ["--sparsities", "70"], "sparsities must be 0 to 1"),
         ("opt_decode_pruned", ["--batches", "0"], "batches must be at least 1"),
-        ("opt_decode_pruned", ["--context", "126"], "context and steps must fit into the 128 positions of tiny"),
+        ("opt_decode_pruned", ["--context", "253"], "context and steps must fit into the 256 positions of tiny"),
     ],
 )
 def test_what_cannot_be_asked_is_refused_at_once(name, options, message, tmp_path, capsys):
@@ -210,25 +210,45 @@ def test_what_cannot_be_asked_is_refused_at_once(name, options, message, tmp_pat
 
 # transformers
 
-JOB = decode_peers.Decoding(config={"vocab_size": 64}, dtype="float32", batches=(2,), context=4, steps=2, repeats=1)
+TINY = opt.config_of("tiny", "float32")
+ASKED = {"context": 4, "steps": 2, "repeats": 1}
 
 
 def test_without_torch_the_columns_of_transformers_stay_empty(monkeypatch, capsys):
     monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
-    assert decode_peers.measure(JOB) == {}
-    assert "torch is not installed" in capsys.readouterr().out
+    assert opt_peers.measure_decode(TINY, [2, 3], **ASKED) == [{}, {}]
+    assert opt_peers.measure_prefill(TINY, [[3, 4], [5]], 1) == [{}, {}]
+    assert "torch is not installed: the columns of transformers stay empty" in capsys.readouterr().out
 
 
 def test_the_peer_s_process_answers(tmp_path, monkeypatch):
     (tmp_path / "torch.py").write_text("class cuda:\n    is_available = staticmethod(lambda: False)\n")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    assert decode_peers.measure(JOB) == {}
+    assert opt_peers.measure_decode(TINY, [2], **ASKED) == [{}]
+
+
+def test_transformers_is_put_next_to_each_batch(tmp_path, monkeypatch):
+    asked = []
+
+    def measure(config, batches, **options):
+        asked.append((config.d_model, batches, options))
+        return [{"time_ms": 2.0 * batch, "memory_gib": 3.0} for batch in batches[:1]] + [{}] * len(batches[1:])
+
+    monkeypatch.setattr(opt_peers, "measure_decode", measure)
+    config = dataclasses.replace(DECODE, no_peers=False, batches=(4, 8))
+    with Run.start("opt_decode_pruned", config, root=tmp_path) as run:
+        found = opt.measure_peers(config, "tiny", run)
+        assert opt.measure_peers(config, "tiny", run) == found
+        without = opt.measure_peers(dataclasses.replace(config, no_peers=True), "tiny", run)
+        assert without[4]["transformers_time_ms"] is None
+    assert asked == [(TINY.d_model, (4, 8), {"context": 16, "steps": 4, "repeats": 1})]
+    assert found[4] == {"transformers_time_ms": 8.0, "transformers_memory_gib": 3.0}
+    assert found[8] == {"transformers_time_ms": None, "transformers_memory_gib": None}
 
 
 @pytest.mark.gpu
-def test_transformers_decodes():
+def test_transformers_reads_and_decodes():
     pytest.importorskip("transformers")
-    fields = opt_decode_pruned.ARCHITECTURE.write_config(opt_decode_pruned.sizes(DECODE, "tiny"))
-    row = decode_peers.measure(dataclasses.replace(JOB, config=fields))
-    assert math.isfinite(row["2_time_ms"]) and row["2_memory_gib"] > 0
+    for row in opt_peers.measure_decode(TINY, [2], **ASKED) + opt_peers.measure_prefill(TINY, [[3, 4], [5]], 1):
+        assert math.isfinite(row["time_ms"]) and row["memory_gib"] >= 0
