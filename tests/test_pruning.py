@@ -12,6 +12,7 @@ import pytest
 from flax import nnx
 
 from models import OPT, OPTConfig, load_opt, save_hf, save_opt
+from models.opt import with_layout
 from sparsellm import pruning, training
 from sparsellm.mixture_of_experts import LinearRouter, MixtureOfExperts, RouterRule
 from sparsellm.objectives import next_token_loss
@@ -478,6 +479,16 @@ def test_a_model_without_some_heads_and_neurons_is_the_one_where_they_are_silent
     with pytest.raises(ValueError, match="transformers knows no OPT whose layers differ"):
         save_hf(smaller, tmp_path / "hf")
     assert [x.shape[2] for x in smaller.init_cache(1, LENGTH).keys] == [4, 2]
+
+
+def test_neuron_major_layers_are_not_passed_over():
+    model = tiny_opt(layers=1, neuron_major=True)
+    with pytest.raises(ValueError, match=r"must be \[in, out\] here.*; layers.0.fc1 keeps its own neuron-major"):
+        prune(model, MAGNITUDE, sparsity=0.5)
+    smaller = pruning.prune_structures(tiny_opt(layers=2, d_ff=24), windows(), neurons=0.5, layers=[1])
+    by_neuron = with_layout(tiny_opt(layers=2, d_ff=24), neuron_major=True)
+    other = pruning.prune_structures(by_neuron, windows(), neurons=0.5, layers=[1])
+    np.testing.assert_allclose(logits(other), logits(smaller), atol=1e-5)
 
 
 def test_equal_layers_are_an_ordinary_model(tmp_path):

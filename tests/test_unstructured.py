@@ -422,3 +422,9 @@ def test_each_of_eight_devices_multiplies_its_own_part(tmp_path):
     done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.stdout.strip() == "sharded", done.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_neuron_major_layers_are_not_passed_over():
+    config = OPTConfig(vocab_size=16, layers=1, d_model=8, heads=2, d_ff=16, max_length=8, neuron_major=True)
+    with pytest.raises(ValueError, match="layers.0.fc1 keeps its own neuron-major"):
+        compress(OPT(config, rngs=nnx.Rngs(0)))

@@ -40,6 +40,13 @@ RECORDED = {nnx.Linear: _RecordedLinear, MixtureOfExperts: _RecordedExperts}
 KERNELS = {nnx.Linear: ("kernel",), MixtureOfExperts: ("wi", "wo")}
 
 
+def check_layout(module: nnx.Module, path: str) -> None:
+    """Raises ValueError where a layer keeps its kernel as [out, in]: it would be passed over without a word."""
+    if isinstance(getattr(module, "weight", None), nnx.Param) and hasattr(type(module), "kernel"):
+        rule = "kernels must be [in, out] here, as of models.opt.with_layout(model, neuron_major=False)"
+        raise ValueError(f"{rule}; {path} keeps its own neuron-major")
+
+
 def find_kernels(block: nnx.Module, prefix: str, select: str) -> dict[str, nnx.Param]:
     """The kernels of a block by their path: those of `nnx.Linear` [in, out] and of experts [experts, in, out].
 
@@ -49,9 +56,13 @@ def find_kernels(block: nnx.Module, prefix: str, select: str) -> dict[str, nnx.P
         block: where to look.
         prefix: its own path, "layers.3".
         select: a regular expression that is found in the paths wanted.
+
+    Raises:
+        ValueError: a layer keeps its kernel neuron-major, [out, in].
     """
     found = {}
     for path, module in nnx.iter_modules(block):
+        check_layout(module, ".".join(map(str, (prefix, *path))))
         for kernel in KERNELS.get(type(module), ()):
             name = ".".join(map(str, (prefix, *path, kernel)))
             if re.search(select, name):

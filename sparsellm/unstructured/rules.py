@@ -13,6 +13,7 @@ from jaxtyping import Array
 
 from pallas_kernels.unstructured_matmul.weights import VALUE_DTYPES
 from sparsellm.mixture_of_experts import MixtureOfExperts
+from sparsellm.pruning.calibrate import check_layout
 from sparsellm.unstructured.linear import UnstructuredLinear
 
 # The share of non-zeros from which on dense products are taken to be as quick: experiments/unstructured_spmm.py.
@@ -68,13 +69,15 @@ def compress[M: nnx.Module](model: M, rules: Rules = EVERYWHERE, *, report: Call
         The model.
 
     Raises:
-        ValueError: a rule fits no linear layer, or a layer that other code multiplies by; raised before anything is
-            changed. Or a kernel is cut along both dimensions.
+        ValueError: a rule fits no linear layer, or a layer that other code multiplies by, or a layer is neuron-major;
+            raised before anything is changed. Or a kernel is cut along both dimensions.
     """
     for pattern, treatment in rules:
         if not _is_pattern(pattern) or not (treatment is None or isinstance(treatment, Treatment)):
             rule = "a rule must be a regular expression and a treatment or None"
             raise ValueError(f"{rule}; got {pattern!r}, {treatment!r}")
+    for path, module in nnx.iter_modules(model):
+        check_layout(module, ".".join(map(str, path)))
     treatments = {name: _treatment(name, rules) for name, _ in linears(model)}
     _check_rules(model, rules, treatments)
     for name, treatment in treatments.items():
