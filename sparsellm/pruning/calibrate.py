@@ -40,11 +40,12 @@ RECORDED = {nnx.Linear: _RecordedLinear, MixtureOfExperts: _RecordedExperts}
 KERNELS = {nnx.Linear: ("kernel",), MixtureOfExperts: ("wi", "wo")}
 
 
-def check_layout(module: nnx.Module, path: str) -> None:
+def check_layout(model: nnx.Module) -> None:
     """Raises ValueError where a layer keeps its kernel as [out, in]: it would be passed over without a word."""
-    if isinstance(getattr(module, "weight", None), nnx.Param) and hasattr(type(module), "kernel"):
-        rule = "kernels must be [in, out] here, as of models.opt.with_layout(model, neuron_major=False)"
-        raise ValueError(f"{rule}; {path} keeps its own neuron-major")
+    for path, module in nnx.iter_modules(model):
+        if isinstance(getattr(module, "weight", None), nnx.Param) and hasattr(type(module), "kernel"):
+            rule = "kernels must be [in, out] here, as of models.opt.with_layout(model, neuron_major=False)"
+            raise ValueError(f"{rule}; {'.'.join(map(str, path))} keeps its own neuron-major")
 
 
 def find_kernels(block: nnx.Module, prefix: str, select: str) -> dict[str, nnx.Param]:
@@ -56,13 +57,9 @@ def find_kernels(block: nnx.Module, prefix: str, select: str) -> dict[str, nnx.P
         block: where to look.
         prefix: its own path, "layers.3".
         select: a regular expression that is found in the paths wanted.
-
-    Raises:
-        ValueError: a layer keeps its kernel neuron-major, [out, in].
     """
     found = {}
     for path, module in nnx.iter_modules(block):
-        check_layout(module, ".".join(map(str, (prefix, *path))))
         for kernel in KERNELS.get(type(module), ()):
             name = ".".join(map(str, (prefix, *path, kernel)))
             if re.search(select, name):

@@ -28,7 +28,7 @@ from jaxtyping import Array, Int
 from safetensors import safe_open
 from safetensors.flax import save_file
 
-from sparsellm.pruning.calibrate import add, find_kernels, sum_inputs
+from sparsellm.pruning.calibrate import add, check_layout, find_kernels, sum_inputs
 from sparsellm.pruning.method import Inputs, Method, Needs, reconstruction_error
 from sparsellm.pruning.patterns import NM, Pattern, Unstructured
 
@@ -229,6 +229,7 @@ def _first_call(graphdef: nnx.GraphDef, state: nnx.State, tokens: Int[Array, "ba
 def _sparsities(model, method, pattern, sparsity, windows, errors, select) -> dict[str, float]:
     """The sparsity of each kernel to prune, by its path; raises ValueError for what cannot be."""
     method.check(pattern)
+    check_layout(model)
     if windows is None and (errors or method.needs != "nothing"):
         raise ValueError(f"windows must be given: errors={errors}, and the method needs {method.needs} of the inputs")
     kernels = {name: kernel for block in walk(model, select=select) for name, kernel in block.kernels.items()}

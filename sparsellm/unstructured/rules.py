@@ -76,8 +76,7 @@ def compress[M: nnx.Module](model: M, rules: Rules = EVERYWHERE, *, report: Call
         if not _is_pattern(pattern) or not (treatment is None or isinstance(treatment, Treatment)):
             rule = "a rule must be a regular expression and a treatment or None"
             raise ValueError(f"{rule}; got {pattern!r}, {treatment!r}")
-    for path, module in nnx.iter_modules(model):
-        check_layout(module, ".".join(map(str, path)))
+    check_layout(model)
     treatments = {name: _treatment(name, rules) for name, _ in linears(model)}
     _check_rules(model, rules, treatments)
     for name, treatment in treatments.items():
