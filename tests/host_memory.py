@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 
 from sparsellm import huggingface
@@ -27,8 +28,10 @@ class _Watched:
             assert time.monotonic() < deadline, "the host still holds a tensor that it read before"
             gc.collect()  # jax drops there what its other threads have released
             time.sleep(0.001)
-        values = self.tensor[index]
-        self.earlier[:] = [weakref.ref(values)]
+        values = owner = self.tensor[index]
+        while isinstance(owner.base, np.ndarray):  # what a copy that is under way holds may be another view of it
+            owner = owner.base
+        self.earlier[:] = [weakref.ref(values), weakref.ref(owner)]
         return values
 
 
