@@ -126,7 +126,8 @@ def time_decode(
     Args:
         model: on one device, or cut over several.
         batch: sequences at once.
-        context: tokens that each has when a chunk begins; what they are is of no weight.
+        context: tokens that each has when a chunk begins. They were decoded by the same model: which neurons a
+            predictor names follows from what attention finds.
         steps: of a chunk.
         repeats: timed chunks.
         sampling: how tokens are drawn, as of `sparsellm.decoding`.
@@ -142,15 +143,16 @@ def time_decode(
     if mesh_of(program[1]) is None:  # where the loop leaves them: else its second call compiles as well
         rows = jax.device_put(rows, jax.tree.leaves(program[1])[0].sharding)
 
-    def begin(rows: Rows) -> Rows:
-        cache = rows.cache._replace(filled=jnp.full(batch, context, jnp.int32))
+    def begin(rows: Rows, filled: int) -> Rows:
+        cache = rows.cache._replace(filled=jnp.full(batch, filled, jnp.int32))
         return rows._replace(left=jnp.copy(left), cache=cache)
 
+    fill = range(0, context, steps)
     with on_mesh(program[1]):
-        for _ in range(WARM_UP + repeats):
-            rows = begin(rows)
+        for filled in [*fill, *[context] * (max(WARM_UP - len(fill), 0) + repeats)]:
+            rows = begin(rows, filled)
             start = time.perf_counter()
             rows, tokens = decode(*program, rows, key, sampling, np.int32(-1), None, steps=steps)
             np.asarray(tokens)  # waits
             times.append(1e3 * (time.perf_counter() - start) / steps)
-    return round(statistics.median(times[WARM_UP:]), 3), begin(rows)
+    return round(statistics.median(times[-repeats:]), 3), begin(rows, context)

@@ -81,11 +81,6 @@ class Array:
             value = arith.extf(ir.F32Type.get(), value)
         return Int(arith.bitcast(i32, value))
 
-    def prefetch(self, index: Int) -> None:
-        """Has the line of an element of global memory brought to L2."""
-        address = llvm.ptrtoint(ir.IntegerType.get_signless(64), self._address(index)[1])
-        utils.inline_ptx("prefetch.global.L2 [$0];", address, has_side_effects=True)
-
     def store(self, index: Int, value: Int | int) -> None:
         """Writes a 32-bit element."""
         llvm.store(_i32(value), self._address(index)[1])

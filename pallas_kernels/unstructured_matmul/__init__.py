@@ -95,7 +95,7 @@ def unstructured_matmul(
     _check_arguments(weights, x, bias, activation)
     check_implementation(implementation)
     if config is not None:
-        check_config(config)
+        check_config(config, x.shape[1])
 
     def check(config: Config | None) -> None:
         del config

@@ -12,9 +12,10 @@ WARPS = 4  # of a warpgroup
 MAX_N = 64
 TILE_N = 8  # columns of an mma
 ROW_BYTES = 2 * layout.STREAMS
-X_BYTES = 32 * 1024  # of a stage of x; there are two
+X_TILE_BYTES = layout.BLOCK * TILE_N * 2  # of x: of a block and tile, 8 words a lane
+QUAD = 4  # blocks of a strip that the loop's body takes
 SMS = 132  # of an H200: what the heuristic counts with
-RESERVED = 2048  # bytes of shared memory for barriers
+RESERVED = 1536  # bytes of shared memory for barriers
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,12 +25,12 @@ class Config:
     Attributes:
         warpgroups: of a block, 1 to 4.
         strips: that a warp takes at a time, 1 or 2: what it reads of x serves them all.
-        pieces: of 16 rows of values, that a ring holds: 4 or 8. Each strip has one.
+        pieces: of 16 rows of values, that a ring holds: 4 to 8. Each strip has one.
     """
 
     warpgroups: int = 4
     strips: int = 1
-    pieces: int = 4
+    pieces: int = 5
 
     @property
     def warps(self) -> int:
@@ -45,14 +46,16 @@ class Config:
         """A ring's pieces, and the first one again, so that no block of values wraps."""
         return (self.pieces + 1) * layout.DEPTH * ROW_BYTES
 
-    def smem_bytes(self) -> int:
-        """Of a block."""
-        return self.rings * self.ring_bytes + 2 * X_BYTES + RESERVED
 
+def stage_blocks(config: Config, tiles: int) -> int:
+    """Blocks of x in a stage, of which there are two in what the rings leave: whole quads, a section at most; or 0.
 
-def stage_blocks(tiles: int) -> int:
-    """Blocks of x in a stage, given how many mma's side by side it is multiplied by."""
-    return min(layout.SECTION, X_BYTES // (layout.BLOCK * TILE_N * 2 * tiles))
+    Args:
+        config: the tiling.
+        tiles: mma's side by side that they are multiplied by.
+    """
+    room = SMEM_BYTES - RESERVED - config.rings * config.ring_bytes
+    return max(0, min(layout.SECTION, room // (2 * tiles * X_TILE_BYTES) // QUAD * QUAD))
 
 
 def candidates(weights, x, bias=None, activation: str | None = None) -> list[Config]:
@@ -62,10 +65,10 @@ def candidates(weights, x, bias=None, activation: str | None = None) -> list[Con
     """
     del bias, activation
     strips, blocks, _ = weights.masks.shape
-    wide, narrow = Config(warpgroups=2, strips=2), Config()
-    first = (narrow, wide) if x.shape[1] <= TILE_N else (wide, narrow)
-    fewer = [Config(warpgroups=groups, pieces=pieces) for groups, pieces in ((3, 4), (2, 4), (2, 8), (1, 8))]
-    wanted = [*first, *fewer, Config(warpgroups=1, strips=2, pieces=8)]
+    most = [Config(warpgroups=4 // each, strips=each, pieces=pieces) for each in (1, 2) for pieces in (5, 4)]
+    fewer = [Config(warpgroups=groups, pieces=pieces) for groups, pieces in ((3, 7), (3, 6), (2, 8), (1, 8))]
+    wanted = [*most, *fewer, Config(warpgroups=1, strips=2, pieces=8)]
+    wanted = [config for config in wanted if stage_blocks(config, tiles(x.shape[1]))]
 
     def busiest(config: Config) -> int:
         """Strips times sections of the multiprocessor that has most to do."""
@@ -87,12 +90,12 @@ def check_support(weights, x, devices: tuple[str, ...] | None) -> None:
         device.require_device("unstructured_matmul", devices)
 
 
-def check_config(config: Config) -> None:
-    """Raises ValueError where a config does not fit the kernel."""
-    if config.warpgroups not in (1, 2, 3, 4) or config.strips not in (1, 2) or config.pieces not in (4, 8):
-        raise ValueError(f"warpgroups must be 1 to 4, strips 1 or 2, and pieces 4 or 8; got {config}")
-    if config.smem_bytes() > SMEM_BYTES:
-        raise ValueError(f"a config must fit {SMEM_BYTES} bytes of shared memory; got {config.smem_bytes()}, {config}")
+def check_config(config: Config, n: int) -> None:
+    """Raises ValueError where a config does not fit the kernel, or no room is left for n columns of x."""
+    if config.warpgroups not in (1, 2, 3, 4) or config.strips not in (1, 2) or not 4 <= config.pieces <= 8:
+        raise ValueError(f"warpgroups must be 1 to 4, strips 1 or 2, and pieces 4 to 8; got {config}")
+    if not stage_blocks(config, tiles(n)):
+        raise ValueError(f"rings and x must fit into {SMEM_BYTES} bytes of shared memory; got {config}, n={n}")
 
 
 def tiles(n: int) -> int:

@@ -6,17 +6,16 @@ written: those of the blocks that share a group lie in different slots, and XLA 
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 from pallas_kernels.tile import lane as ln
 from pallas_kernels.tile.lane import Array, Int
 from pallas_kernels.unstructured_matmul import layout, warp
-from pallas_kernels.unstructured_matmul.config import ROW_BYTES, TILE_N
+from pallas_kernels.unstructured_matmul.config import QUAD, ROW_BYTES, TILE_N
 from pallas_kernels.unstructured_matmul.division import Part, Work
 from pallas_kernels.unstructured_matmul.pipelines import LAG_PIECES, PIECE_BYTES, X_TILE_BYTES, Ring, Stages
 
-MASKS_AHEAD = 2  # blocks whose mask words are in registers
-LINES_AHEAD = 10  # and on their way to L2
-STATE = MASKS_AHEAD + 4  # values that a strip carries from block to block
+STATE = QUAD + 4  # values that a strip carries from quad to quad
 REGISTERS = 4  # of an accumulator
 
 # permute_bytes(odd, even, NOTHING + e * EVEN + o * ODD) is {even or 0, odd or 0}: nibbles 3 and 2 name zeros of the odd
@@ -134,37 +133,42 @@ class Strip:
             with ln.when(piece < needed + 1):
                 self.ring.wait(piece)
 
-    def word(self, block: Int) -> Int:
-        """The lane's mask word of a block of the part."""
-        return self.masks.load(self.first_word + block * ln.WARP)
+    def words(self, quad: Int, blocks: Int) -> list[Int]:
+        """The lane's mask words of the blocks from number `quad` on; zeros behind the part's last block."""
+        words = []
+        for block in (quad + i for i in range(QUAD)):
+            word = self.masks.load(self.first_word + ln.minimum(block, blocks - 1) * ln.WARP)
+            words.append(ln.select(block < blocks, word, 0))
+        return words
 
     def state(self, blocks: Int) -> list[Int]:
-        """What changes from block to block: the next words, both streams, the furthest one, pieces copied."""
-        words = [self.word(ln.minimum(ln.constant(i), blocks - 1)) for i in range(MASKS_AHEAD)]
-        return [*words, self.even, self.odd, self.top, self.ring.ready_for(self.top)]
+        """What changes from quad to quad: its words, both streams, the furthest one, pieces copied."""
+        return [*self.words(ln.constant(0), blocks), self.even, self.odd, self.top, self.ring.ready_for(self.top)]
 
-    def decode(self, state: list[Int], block: Int, last: Int) -> tuple[list[Int], list[Int]]:
-        """The registers of a block, and the state after it; has another piece copied, and waits for what it needs.
+    def places(self, words: Sequence[Int], even: Int, odd: Int, top: Int) -> list[tuple[Int, Int, Int]]:
+        """Both streams and the furthest one before each block of a quad, and after the last."""
+        places = [(even, odd, top)]
+        for word in words:
+            even, odd = (x + ln.popcount(bits & EVEN_ONES) * ROW_BYTES for x, bits in ((even, word), (odd, word >> 1)))
+            places.append((even, odd, ln.warp_max(ln.maximum(even, odd))))
+        return places
+
+    def decode(self, word: Int, before: tuple[Int, Int, Int], end: Int, issued: Int) -> tuple[list[Int], Int]:
+        """A block's registers, and the pieces copied so far: one more may be, and what the block needs is waited for.
 
         Args:
-            state: before it.
-            block: its number in the part.
-            last: that of the part's last block.
+            word: the lane's mask word.
+            before: both streams and the furthest one.
+            end: the furthest one after it.
+            issued: pieces copied before.
         """
-        *words, even, odd, top, issued = state
-        word, halves = words[0], (words[0], words[0] >> 1)
-        ends = [x + ln.popcount(bits & EVEN_ONES) * ROW_BYTES for x, bits in zip((even, odd), halves, strict=True)]
-        end, ready = ln.warp_max(ln.maximum(*ends)), self.ring.ready_for(top)
+        even, odd, top = before
+        ready = self.ring.ready_for(top)
         warp.warp_barrier()  # every lane has read what is overwritten now
         with ln.when((ln.thread() % ln.WARP).equals(0) & (issued < ready)):
             self.ring.copy(issued)
         self.ring.wait(self.ring.needed_before(end))
-        # Not earlier: the compiler moves what is carried on to its register where the wait begins, and would wait for
-        # the load there. (Seen in the SASS of the same loop in CUDA C++.)
-        words.append(self.word(ln.minimum(block + MASKS_AHEAD, last)))
-        self.masks.prefetch(self.first_word + ln.minimum(block + LINES_AHEAD, last) * ln.WARP)
-        registers = decode(word, self.ring.place(even), self.ring.place(odd))
-        return registers, [*words[1:], *ends, end, ready]
+        return decode(word, self.ring.place(even), self.ring.place(odd)), ready
 
 
 def _multiply_strips(work: Work, strips: list[Strip], stages: Stages) -> list[list[Int]]:
@@ -172,18 +176,29 @@ def _multiply_strips(work: Work, strips: list[Strip], stages: Stages) -> list[li
     lane, is_first = ln.thread() % ln.WARP, ln.thread().equals(0)
     states, sums = (STATE * len(strips), REGISTERS * work.tiles)
 
-    def multiply_block(number, place, carry):
-        last = stages.blocks - 1
-        decoded = [strip.decode(carry[STATE * i : STATE * (i + 1)], number, last) for i, strip in enumerate(strips)]
-        accs = list(carry[states:])
-        for tile in range(work.tiles):
-            of_tile = place + (tile * X_TILE_BYTES) + lane * 16
-            b = warp.load_words(of_tile) + warp.load_words(of_tile + X_TILE_BYTES // 2)
-            for i, (a, _) in enumerate(decoded):
-                own = slice(sums * i + REGISTERS * tile, sums * i + REGISTERS * (tile + 1))
-                for q in range(4):
-                    accs[own] = warp.multiply_tile(accs[own], a[4 * q : 4 * q + 4], b[2 * q : 2 * q + 2], work.dtype)
-        return [*(x for _, state in decoded for x in state), *accs]
+    def multiply_quad(first, place, carry):
+        """Four blocks, whose mask words were loaded one quad before: a load that is carried on is waited for."""
+        carries = [carry[STATE * i : STATE * (i + 1)] for i in range(len(strips))]
+        following = [strip.words(first + QUAD, stages.blocks) for strip in strips]
+        places = [strip.places(c[:QUAD], *c[QUAD : QUAD + 3]) for strip, c in zip(strips, carries, strict=True)]
+        issued, accs = [c[-1] for c in carries], list(carry[states:])
+        for block in range(QUAD):
+            decoded = []
+            for i, strip in enumerate(strips):
+                end = places[i][block + 1][-1]
+                registers, issued[i] = strip.decode(carries[i][block], places[i][block], end, issued[i])
+                decoded.append(registers)
+            for tile in range(work.tiles):
+                of_tile = place + (block * work.tiles + tile) * X_TILE_BYTES + lane * 16
+                b = warp.load_words(of_tile) + warp.load_words(of_tile + X_TILE_BYTES // 2)
+                for i, a in enumerate(decoded):
+                    own = slice(sums * i + REGISTERS * tile, sums * i + REGISTERS * (tile + 1))
+                    for q in range(4):
+                        accs[own] = warp.multiply_tile(
+                            accs[own], a[4 * q : 4 * q + 4], b[2 * q : 2 * q + 2], work.dtype
+                        )
+        ends = zip(following, places, issued, strict=True)
+        return [*(x for words, of_strip, copied in ends for x in (*words, *of_strip[-1], copied)), *accs]
 
     def multiply_stage(stage, carry):
         ln.block_barrier()  # nobody reads the other stage any more
@@ -192,10 +207,10 @@ def _multiply_strips(work: Work, strips: list[Strip], stages: Stages) -> list[li
         stages.wait(stage)
         first, place = stage * work.stage_blocks, stages.place(stage)
 
-        def next_block(i, carry):
-            return multiply_block(first + i, place + i * (work.tiles * X_TILE_BYTES), carry)
+        def next_quad(i, carry):
+            return multiply_quad(first + i * QUAD, place + i * (QUAD * work.tiles * X_TILE_BYTES), carry)
 
-        return warp.repeat(stages.blocks_of(stage), carry, next_block)
+        return warp.repeat(stages.quads_of(stage), carry, next_quad)
 
     with ln.when(is_first):
         stages.copy(ln.constant(0))

@@ -7,7 +7,7 @@ from jax.experimental import pallas as pl
 from pallas_kernels.tile import lane as ln
 from pallas_kernels.tile.lane import Int
 from pallas_kernels.unstructured_matmul import layout
-from pallas_kernels.unstructured_matmul.config import Config, stage_blocks
+from pallas_kernels.unstructured_matmul.config import QUAD, Config, stage_blocks
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,7 +51,12 @@ class Work:
 
     @property
     def stage_blocks(self) -> int:
-        return stage_blocks(self.tiles)
+        return stage_blocks(self.config, self.tiles)
+
+    @property
+    def padded_blocks(self) -> int:
+        """Of x: whole quads."""
+        return self.blocks + -self.blocks % QUAD
 
     @property
     def threads(self) -> int:

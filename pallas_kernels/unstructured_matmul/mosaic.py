@@ -74,7 +74,7 @@ def _interpreted(work: Work, block, warpgroup, inputs, outputs, like: Unstructur
     weights = UnstructuredWeights(
         values=values, masks=masks, rows=rows, lags=lags, scales=None, shape=like.shape, dtype=like.dtype
     )  # fmt: skip
-    starts, x = block_starts(weights), from_lanes(x_words, values.dtype)
+    starts, x = block_starts(weights), from_lanes(x_words, values.dtype)[: work.blocks * layout.BLOCK]
     start = block * work.units
     end = jnp.minimum(start + work.units, work.sections * work.groups) - 1
     columns = jnp.arange(x.shape[0], dtype=jnp.int32) // (layout.SECTION * layout.BLOCK)
@@ -123,7 +123,7 @@ def mosaic(
     """Launches the kernel and adds up its slots; `interpret` runs it on CPU under the race detector."""
     work = divide(weights, x, config, INTERPRETED_BLOCKS if interpret else tile_device.sm_count())
     smem = pipelines.shared_memory(work)
-    inputs = [weights.values, weights.masks, weights.rows, weights.lags, for_lanes(x, work.blocks)]
+    inputs = [weights.values, weights.masks, weights.rows, weights.lags, for_lanes(x, work.padded_blocks)]
     shape = (work.slots, work.strips * layout.STRIP, work.tiles * TILE_N)
 
     def body(*refs):

@@ -10,12 +10,11 @@ import dataclasses
 from pallas_kernels.tile import lane as ln
 from pallas_kernels.tile.lane import Array, Int
 from pallas_kernels.unstructured_matmul import layout, warp
-from pallas_kernels.unstructured_matmul.config import ROW_BYTES, TILE_N
+from pallas_kernels.unstructured_matmul.config import QUAD, ROW_BYTES, X_TILE_BYTES
 from pallas_kernels.unstructured_matmul.division import Part, Work
 
 PIECE_BYTES = layout.DEPTH * ROW_BYTES
 LAG_PIECES = layout.MAX_LAG // layout.DEPTH
-X_TILE_BYTES = layout.BLOCK * TILE_N * 2  # of a block and tile: 8 words a lane
 
 
 def shared_memory(work: Work) -> dict[str, int]:
@@ -109,8 +108,9 @@ class Stages:
     def count(self) -> Int:
         return (self.blocks + (self.work.stage_blocks - 1)) // self.work.stage_blocks
 
-    def blocks_of(self, stage: Int) -> Int:
-        return ln.minimum(self.blocks - stage * self.work.stage_blocks, self.work.stage_blocks)
+    def quads_of(self, stage: Int) -> Int:
+        left = (self.blocks + (QUAD - 1)) // QUAD - stage * (self.work.stage_blocks // QUAD)
+        return ln.minimum(left, self.work.stage_blocks // QUAD)
 
     def place(self, stage: Int) -> Int:
         size = self.work.stage_blocks * self.work.tiles * X_TILE_BYTES
@@ -119,7 +119,7 @@ class Stages:
     def copy(self, stage: Int) -> None:
         """Begins the copy of a stage; by one thread of the block."""
         block_bytes = self.work.tiles * X_TILE_BYTES
-        first, size = self.first_block + stage * self.work.stage_blocks, self.blocks_of(stage) * block_bytes
+        first, size = self.first_block + stage * self.work.stage_blocks, self.quads_of(stage) * (QUAD * block_bytes)
         barrier = self.barriers + ((self.before + stage) % 2) * warp.BARRIER_BYTES
         warp.expect(barrier, size)
         warp.copy(self.x, block_bytes, first, self.place(stage), size, barrier)
