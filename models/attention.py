@@ -9,9 +9,11 @@ from jax import lax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from pallas_kernels.decode_attention import decode_attention
+from pallas_kernels.decode_attention import DEVICES, decode_attention
+from pallas_kernels.decode_attention.config import check_support
 from pallas_kernels.micro_tile_index import compact
 from pallas_kernels.tile.device import device_kind
+from sparsellm.determinism import distinct_call
 from sparsellm.packing import Packing
 from sparsellm.sharding import TENSOR_PARALLEL
 
@@ -205,9 +207,10 @@ def attend(
         ValueError: heads are listed elsewhere.
     """
     lengths = places.lengths if bias is None else None
-    if listed is not None:
-        if lengths is None or not places.decoding:
-            raise ValueError("heads can be listed only for one token a row behind a cache, without a bias or a window")
+    can_decode = places.decoding and lengths is not None
+    if listed is not None and not can_decode:
+        raise ValueError("heads can be listed only for one token a row behind a cache, without a bias or a window")
+    if can_decode and (listed is not None or _kernel_takes(q, k)):
         return _decode(q, k, v, lengths, listed, scale)
     q = padded(q, places.packing)
     follow = places.filled is not None and places.packing is None  # what a cache holds
@@ -217,7 +220,7 @@ def attend(
             q,
             k,
             v,
-            scale=scale,
+            scale=distinct_call(q.shape[-1] ** -0.5 if scale is None else scale),
             is_causal=True,
             query_seq_lengths=lengths,
             key_value_seq_lengths=lengths,
@@ -234,18 +237,29 @@ def _cudnn_takes(q: Float[Array, "batch length heads head_dim"]) -> bool:
     return q.dtype.itemsize == 2 and head_dim % 8 == 0 and head_dim <= 128 and device_kind().startswith(CUDNN_DEVICES)
 
 
+def _kernel_takes(q: Float[Array, "batch 1 heads head_dim"], k: Float[Array, "batch slots kv_heads head_dim"]) -> bool:
+    """Whether `decode_attention` has a kernel for these arguments on this device."""
+    try:
+        check_support(q[:, 0], k, DEVICES)
+    except NotImplementedError:
+        return False
+    return True
+
+
 def _decode(q, k, v, lengths, listed, scale: float | None) -> Float[Array, "batch 1 heads head_dim"]:
-    """`decode_attention` of listed heads; where heads are cut over devices, each computes its own."""
+    """`decode_attention`, of listed heads or of all; where heads are cut over devices, each computes its own."""
 
-    def of_heads(q, k, v, lengths, listed):
-        return decode_attention(q[:, 0], k, v, lengths, *compact(listed), scale=scale)[:, None]
+    def of_heads(q, k, v, lengths, listed=None):
+        lists = (None, None) if listed is None else compact(listed)
+        return decode_attention(q[:, 0], k, v, lengths, *lists, scale=scale)[:, None]
 
+    arguments = [q, k, v, lengths, *([] if listed is None else [listed])]
     mesh, axis = jax.sharding.get_abstract_mesh(), TENSOR_PARALLEL["heads"]
     if axis in mesh.axis_names and mesh.shape[axis] > 1 and k.shape[2] % mesh.shape[axis] == 0:
         cut, whole = PartitionSpec(None, None, axis), PartitionSpec()
-        in_specs = (cut, cut, cut, whole, PartitionSpec(None, axis))
+        in_specs = (cut, cut, cut, whole, PartitionSpec(None, axis))[: len(arguments)]
         of_heads = jax.shard_map(of_heads, mesh=mesh, in_specs=in_specs, out_specs=cut)
-    return of_heads(q, k, v, lengths, listed)
+    return of_heads(*arguments)
 
 
 def _masked_attention(q, k, v, visible, bias, scale: float | None):

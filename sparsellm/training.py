@@ -26,6 +26,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int, Int32
 from orbax.checkpoint import v1 as ocp
 
+from sparsellm import determinism
 from sparsellm.checkpoint import no_space, quiet
 from sparsellm.objectives import Objective, next_token_objective
 
@@ -113,8 +114,7 @@ def optimizer(config: TrainConfig) -> optax.GradientTransformation:
     jax.jit,
     static_argnames=("graphdef", "transformation", "objective", "accumulate"),
     donate_argnames="state",
-    # Sums by atomics come out another way every time, and a training that is continued would not end the same.
-    compiler_options={"xla_gpu_exclude_nondeterministic_ops": True},
+    compiler_options=determinism.COMPILER_OPTIONS,
 )
 def train_step(
     graphdef: nnx.GraphDef,
@@ -140,9 +140,10 @@ def train_step(
     Returns:
         The state after the step; the objective's metrics and the gradient's norm before it.
     """
-    gradient, metrics = accumulated_gradient(
-        graphdef, state.params, windows, objective, jnp.asarray(step, jnp.int32), accumulate
-    )
+    with determinism.distinct_calls():
+        gradient, metrics = accumulated_gradient(
+            graphdef, state.params, windows, objective, jnp.asarray(step, jnp.int32), accumulate
+        )
     with jax.numpy_dtype_promotion("standard"):  # optax raises a float to the power of its int32 count
         updates, opt_state = transformation.update(gradient, state.opt_state, state.params)
     metrics = {**metrics, "gradient_norm": optax.tree.norm(gradient)}

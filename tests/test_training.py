@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from sparsellm import evaluation, text, training
+from models import OPT, OPTConfig
+from sparsellm import determinism, evaluation, text, training
 from sparsellm.objectives import next_token_loss
 
 VOCAB, LENGTH = 13, 8
@@ -286,3 +287,26 @@ def test_an_objective_decides_what_is_minimised(tmp_path):
     plain = training.train(bigram(), batches(), config(steps=3), tmp_path / "plain")
     assert metrics[0]["twice"] == 2 * metrics[0]["loss"] == 2 * plain[0]["loss"]
     assert metrics[0]["gradient_norm"] == pytest.approx(2 * plain[0]["gradient_norm"], rel=1e-5)
+
+
+def test_calls_that_must_be_distinct_are_equal_as_float32():
+    with determinism.distinct_calls():
+        scales = [determinism.distinct_call(0.125) for _ in range(96)]
+    assert len(set(scales)) == 96 and {np.float32(scale) for scale in scales} == {np.float32(0.125)}
+    assert determinism.distinct_call(0.125) == determinism.distinct_call(0.125) == 0.125
+
+
+@pytest.mark.gpu
+def test_steps_on_a_gpu_give_the_same_bits():
+    """Two layers of cuDNN's attention: one compiles where several do not, and its gradient adds up by atomics."""
+    windows = jax.random.randint(jax.random.key(0), (8, 257), 4, 256)
+    model = OPT(OPTConfig.preset("125m", layers=2, vocab_size=256, max_length=256, dtype="bfloat16"), rngs=nnx.Rngs(0))
+    transformation = training.optimizer(config())
+    found = []
+    for _ in range(2):
+        graphdef, params = nnx.split(jax.tree.map(jnp.copy, model), nnx.Param)
+        state = training.TrainState(params, transformation.init(params))
+        for step in range(4):
+            state, _ = training.train_step(graphdef, transformation, state, windows, step=step)
+        found.append(jax.tree.leaves(state.params))
+    assert all((a == b).all() for a, b in zip(*found, strict=True))

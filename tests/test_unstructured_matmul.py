@@ -23,7 +23,7 @@ from pallas_kernels.unstructured_matmul import (
     work,
 )
 from pallas_kernels.unstructured_matmul.config import tiles
-from pallas_kernels.unstructured_matmul.mosaic import divide, for_lanes, from_lanes
+from pallas_kernels.unstructured_matmul.mosaic import divide, for_wgmma, from_wgmma
 
 SHAPE = (100, 1100)  # no multiple of a strip, a run, a block or a section; two runs, and two sections a strip
 
@@ -218,16 +218,17 @@ def test_bad_arguments_are_refused(compressed, unchecked):
         jax.grad(lambda x: unstructured_matmul(weights, x).sum(dtype=jnp.float32))(x)
 
 
-def test_x_for_lanes_is_the_b_fragment_of_the_mma():
-    x = np.arange(128 * 13).reshape(128, 13).astype(np.uint16) + np.uint16(0x3F00)  # bits of ordinary numbers
-    words = np.asarray(for_lanes(jnp.asarray(x).view(jnp.bfloat16), 2))
-    block, q, register, own, pair, tile = 1, 3, 1, 13, 1, 1  # k = 64 + 48 + 8 + 2 + 1, column 8 + 3
-    assert words[block, tile, q // 2, own, q % 2 * 2 + register] >> 16 * pair & 0xFFFF == x[123, 11]
-    back = from_lanes(jnp.asarray(words), jnp.bfloat16).view(jnp.uint16)
-    np.testing.assert_array_equal(back, np.pad(x, ((0, 0), (0, 3))))
+def test_x_lies_as_the_b_operand_of_wgmma():
+    """By the PTX manual's canonical layout, K-major, no swizzle: one element by its strides, and all of them back."""
+    x = np.arange(128 * 13).reshape(128, 13).astype(np.uint16)
+    cores = np.asarray(for_wgmma(jnp.asarray(x), 2))
+    block, core, row, column, tiles = 1, 7, 3, 11, 2  # k = 64 + 7 * 8 + 3
+    offset = block * 64 * 8 * tiles + core * 64 * tiles + column // 8 * 64 + column % 8 * 8 + row
+    assert cores.reshape(-1)[offset] == x[123, 11]
+    np.testing.assert_array_equal(from_wgmma(jnp.asarray(cores)), np.pad(x, ((0, 0), (0, 3))))
 
 
-MACHINE_OPERATIONS = ("begin_barriers", "expect", "copy", "wait", "load_half", "load_words")
+MACHINE_OPERATIONS = ("begin_barriers", "expect", "copy", "wait", "load_half", "multiply_block")
 
 
 class Machine:
@@ -290,9 +291,29 @@ class Machine:
         assert (banks == np.arange(32)).all(), "a bank conflict"
         return Int(self.bytes[places].astype(np.int64) | self.bytes[places + 1].astype(np.int64) << 8)
 
-    def load_words(self, address):
-        words = self.bytes.view(np.int32)
-        return [Int(words[unsigned(address) // 4 + i]) for i in range(4)]
+    def multiply_block(self, acc, a, x, tiles, dtype):
+        """By the PTX manual's fragments of wgmma.m64nNk16: a warp has 16 rows, each a quarter of a warpgroup's."""
+
+        def pairs(register):
+            halves = np.stack([unsigned(register) & 0xFFFF, unsigned(register) >> 16], 1)
+            return halves.astype(np.uint16).view(jnp.dtype(dtype))
+
+        assert np.unique(number(x)).size == 1, "a warpgroup has one x"
+        start, own = int(number(x)[0]), np.arange(32)
+        cores = self.bytes[start : start + 64 * 8 * tiles * 2].view(jnp.dtype(dtype)).reshape(8, tiles, 8, 8)
+        columns = cores.astype(np.float32).transpose(0, 3, 1, 2).reshape(64, 8 * tiles)
+        out = np.stack([number(r).astype(np.int32).view(np.float32) for r in acc])
+        for first in range(0, lanes.BLOCK.threads.size, 32):
+            in_warp = slice(first, first + 32)
+            rows = np.zeros((16, 64), np.float32)
+            for t, register in enumerate(a):
+                for pair in range(2):
+                    column = t // 4 * 16 + t // 2 % 2 * 8 + own % 4 * 2 + pair
+                    rows[own // 4 + t % 2 * 8, column] = pairs(register)[in_warp, pair]
+            product = rows @ columns
+            for i in range(4 * tiles):
+                out[i, in_warp] += product[own // 4 + i // 2 % 2 * 8, i // 4 * 8 + own % 4 * 2 + i % 2]
+        return [Int(r.view(np.int32)) for r in out]
 
 
 @dataclasses.dataclass
@@ -336,29 +357,6 @@ def rotate_right(x, bits):
     return Int(unsigned(x) >> bits | unsigned(x) << (32 - bits))
 
 
-def multiply_tile(acc, a, b, dtype):
-    """By the formulas of the PTX manual for the fragments of mma.m16n8k16."""
-
-    def pairs(x):
-        return np.stack([unsigned(x) & 0xFFFF, unsigned(x) >> 16], 1).astype(np.uint16).view(jnp.dtype(dtype))
-
-    own = np.arange(32)
-    out = np.stack([number(x).astype(np.int32).view(np.float32) for x in acc])
-    for start in range(0, lanes.BLOCK.threads.size, 32):
-        in_warp = slice(start, start + 32)
-        a_tile, b_tile = np.zeros((16, 16), np.float32), np.zeros((16, 8), np.float32)
-        for i, register in enumerate(a):
-            for pair in range(2):
-                a_tile[own // 4 + i % 2 * 8, own % 4 * 2 + pair + i // 2 * 8] = pairs(register)[in_warp, pair]
-        for i, register in enumerate(b):
-            for pair in range(2):
-                b_tile[own % 4 * 2 + pair + i * 8, own // 4] = pairs(register)[in_warp, pair]
-        product = a_tile @ b_tile
-        for i in range(4):
-            out[i, in_warp] += product[own // 4 + i // 2 * 8, own % 4 * 2 + i % 2]
-    return [Int(x.view(np.int32)) for x in out]
-
-
 def repeat(steps, carry, body):
     counts = np.unique(number(steps)[lanes.BLOCK.active[-1]])
     assert counts.size <= 1, "threads of a block disagree about a loop"
@@ -371,7 +369,7 @@ def repeat(steps, carry, body):
 def on_numpy(machine: Machine):
     stand_ins = {
         **{name: getattr(machine, name) for name in MACHINE_OPERATIONS},
-        **{f.__name__: f for f in (dot_bytes, permute_bytes, rotate_right, multiply_tile, repeat)},
+        **{f.__name__: f for f in (dot_bytes, permute_bytes, rotate_right, repeat)},
         "address_of": lambda address: Int(address),
         "warp_barrier": lambda: None,
     }  # fmt: skip
@@ -384,7 +382,7 @@ def on_numpy(machine: Machine):
 
 
 @pytest.mark.parametrize(
-    ("pattern", "n", "blocks", "strips", "lands_late"),
+    ("pattern", "n", "blocks", "warpgroups", "lands_late"),
     [
         ("half", 13, 3, 1, True),
         ("one row", 8, 1, 1, False),
@@ -393,13 +391,13 @@ def on_numpy(machine: Machine):
         ("empty", 8, 5, 1, True),
     ],
 )
-def test_device_code_on_numpy_lanes(compressed, pattern, n, blocks, strips, lands_late, unchecked, getkey):
+def test_device_code_on_numpy_lanes(compressed, pattern, n, blocks, warpgroups, lands_late, unchecked, getkey):
     """Every thread's code, with its ring, its barriers and its bits: sums as of the dense product."""
-    weights, config = compressed[pattern], Config(warpgroups=1, strips=strips, pieces=4 + blocks % 3)
+    weights, config = compressed[pattern], Config(warpgroups=warpgroups, pieces=4 + blocks % 3)
     x = jax.random.normal(getkey(), (1100, n), jnp.bfloat16)
     division = divide(weights, x, config, blocks)
     inputs = [np.asarray(a) for a in (weights.values, weights.masks, weights.rows, weights.lags)]
-    inputs = [Gmem(a) for a in (*inputs, np.asarray(for_lanes(x, division.padded_blocks)))]
+    inputs = [Gmem(a) for a in (*inputs, np.asarray(for_wgmma(x, division.padded_blocks)))]
     out = Gmem(np.full((division.slots, division.strips * layout.STRIP, tiles(n) * 8), np.nan, np.float32))
     for block in range(division.grid):
         machine = Machine(lands_late)
@@ -414,7 +412,7 @@ def test_device_code_on_numpy_lanes(compressed, pattern, n, blocks, strips, land
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("config", [Config(), Config(warpgroups=2, strips=2, pieces=4), Config(warpgroups=3, pieces=7)])
+@pytest.mark.parametrize("config", [Config(), Config(warpgroups=5, pieces=4), Config(warpgroups=3, pieces=7)])
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_patterns_on_a_gpu(compressed, pattern, config, getkey):
     x = jax.random.normal(getkey(), (1100, 24), jnp.bfloat16)

@@ -10,9 +10,9 @@ from pallas_kernels.unstructured_matmul import layout
 
 WARPS = 4  # of a warpgroup
 MAX_N = 64
-TILE_N = 8  # columns of an mma
+TILE_N = 8  # columns of x: the least of a wgmma
 ROW_BYTES = 2 * layout.STREAMS
-X_TILE_BYTES = layout.BLOCK * TILE_N * 2  # of x: of a block and tile, 8 words a lane
+X_TILE_BYTES = layout.BLOCK * TILE_N * 2  # of x, of a block and tile
 QUAD = 4  # blocks of a strip that the loop's body takes
 SMS = 132  # of an H200: what the heuristic counts with
 RESERVED = 1536  # bytes of shared memory for barriers
@@ -23,23 +23,16 @@ class Config:
     """Tiling of the Mosaic kernel.
 
     Attributes:
-        warpgroups: of a block, 1 to 4.
-        strips: that a warp takes at a time, 1 or 2: what it reads of x serves them all.
-        pieces: of 16 rows of values, that a ring holds: 4 to 8. Each strip has one.
+        warpgroups: of a block, 1 to 5. Each warp has a strip at a time.
+        pieces: of 16 rows of values, that a warp's ring holds: 4 to 8.
     """
 
     warpgroups: int = 4
-    strips: int = 1
     pieces: int = 5
 
     @property
     def warps(self) -> int:
         return WARPS * self.warpgroups
-
-    @property
-    def rings(self) -> int:
-        """Of a block: the strips that it takes at a time."""
-        return self.warps * self.strips
 
     @property
     def ring_bytes(self) -> int:
@@ -52,9 +45,9 @@ def stage_blocks(config: Config, tiles: int) -> int:
 
     Args:
         config: the tiling.
-        tiles: mma's side by side that they are multiplied by.
+        tiles: of 8 columns.
     """
-    room = SMEM_BYTES - RESERVED - config.rings * config.ring_bytes
+    room = SMEM_BYTES - RESERVED - config.warps * config.ring_bytes
     return max(0, min(layout.SECTION, room // (2 * tiles * X_TILE_BYTES) // QUAD * QUAD))
 
 
@@ -65,14 +58,12 @@ def candidates(weights, x, bias=None, activation: str | None = None) -> list[Con
     """
     del bias, activation
     strips, blocks, _ = weights.masks.shape
-    most = [Config(warpgroups=4 // each, strips=each, pieces=pieces) for each in (1, 2) for pieces in (5, 4)]
-    fewer = [Config(warpgroups=groups, pieces=pieces) for groups, pieces in ((3, 7), (3, 6), (2, 8), (1, 8))]
-    wanted = [*most, *fewer, Config(warpgroups=1, strips=2, pieces=8)]
+    wanted = [Config(warpgroups=g, pieces=p) for g, p in ((4, 5), (4, 4), (5, 4), (3, 7), (3, 6), (2, 8), (1, 8))]
     wanted = [config for config in wanted if stage_blocks(config, tiles(x.shape[1]))]
 
     def busiest(config: Config) -> int:
         """Strips times sections of the multiprocessor that has most to do."""
-        return pl.cdiv(layout.sections(blocks) * pl.cdiv(strips, config.rings), SMS) * config.rings
+        return pl.cdiv(layout.sections(blocks) * pl.cdiv(strips, config.warps), SMS) * config.warps
 
     least = max(min(map(busiest, wanted)), 1)
     return sorted(wanted, key=lambda config: round(busiest(config) / least, 1))  # stable: of equals, the widest first
@@ -92,12 +83,12 @@ def check_support(weights, x, devices: tuple[str, ...] | None) -> None:
 
 def check_config(config: Config, n: int) -> None:
     """Raises ValueError where a config does not fit the kernel, or no room is left for n columns of x."""
-    if config.warpgroups not in (1, 2, 3, 4) or config.strips not in (1, 2) or not 4 <= config.pieces <= 8:
-        raise ValueError(f"warpgroups must be 1 to 4, strips 1 or 2, and pieces 4 to 8; got {config}")
+    if not 1 <= config.warpgroups <= 5 or not 4 <= config.pieces <= 8:
+        raise ValueError(f"warpgroups must be 1 to 5, and pieces 4 to 8; got {config}")
     if not stage_blocks(config, tiles(n)):
         raise ValueError(f"rings and x must fit into {SMEM_BYTES} bytes of shared memory; got {config}, n={n}")
 
 
 def tiles(n: int) -> int:
-    """mma's side by side that n columns take."""
+    """Of 8 columns, that n columns take."""
     return pl.cdiv(n, TILE_N)

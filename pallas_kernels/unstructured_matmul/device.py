@@ -1,6 +1,6 @@
 """The kernel of `unstructured_matmul` on the device, in inline MLIR: what a thread does.
 
-Units of work are a section of a group of strips, one or two a warp; a block takes a run of them, so that all warps walk
+Units of work are a section of a group of strips, one a warp; a block takes a run of them, so that all warps walk
 along the same columns and share x in shared memory. Where the run goes on with the next group, the sums of this one are
 written: those of the blocks that share a group lie in different slots, and XLA adds them in order.
 """
@@ -16,7 +16,7 @@ from pallas_kernels.unstructured_matmul.division import Part, Work
 from pallas_kernels.unstructured_matmul.pipelines import LAG_PIECES, PIECE_BYTES, X_TILE_BYTES, Ring, Stages
 
 STATE = QUAD + 4  # values that a strip carries from quad to quad
-REGISTERS = 4  # of an accumulator
+REGISTERS = 4  # of an accumulator of 16 x 8
 
 # permute_bytes(odd, even, NOTHING + e * EVEN + o * ODD) is {even or 0, odd or 0}: nibbles 3 and 2 name zeros of the odd
 # half's register and F the sign of the even one's upper bytes, 0; 5 and 4 are the even half, 1 and 0 the odd one.
@@ -43,45 +43,36 @@ def decode(word: Int, even: Int, odd: Int) -> list[Int]:
 
 
 def multiply(work: Work, block: Int, inputs, outputs, smem: dict[str, Array]) -> None:
-    """What a thread does; inputs are values, masks, rows, lags and x as `mosaic.for_lanes` arranges it."""
+    """What a thread does; inputs are values, masks, rows, lags and x as `mosaic.for_wgmma` arranges it."""
     config = work.config
     barriers = warp.address_of(smem["barriers"])
-    x_barriers = barriers + config.rings * config.pieces * warp.BARRIER_BYTES
+    x_barriers = barriers + config.warps * config.pieces * warp.BARRIER_BYTES
     with ln.when(ln.thread().equals(0)):
-        warp.begin_barriers(barriers, config.rings * config.pieces + 2)
+        warp.begin_barriers(barriers, config.warps * config.pieces + 2)
     ln.block_barrier()
 
     def multiply_part(number, carry):
-        *pieces_before, stages_before = carry
+        pieces_before, stages_before = carry
         part = Part.of(work, block, number)
-        strips = []
-        for i, before in enumerate(pieces_before):
-            ring = ln.warp() * config.strips + i
-            strips.append(Strip.begin(part, ring, inputs, warp.address_of(smem["rings"]), barriers, before))
+        strip = Strip.begin(part, inputs, warp.address_of(smem["rings"]), barriers, pieces_before)
         stages = Stages(work, part, inputs[4], warp.address_of(smem["x"]), x_barriers, stages_before)
-        for strip, sums in zip(strips, _multiply_strips(work, strips, stages), strict=True):
-            _store(work, block, part, part.strip(strip.number), outputs[0], sums)
-        return [
-            *(before + s.ring.count for before, s in zip(pieces_before, strips, strict=True)),
-            stages_before + stages.count,
-        ]
+        _store(work, block, part, outputs[0], _multiply_strip(work, strip, stages))
+        return [pieces_before + strip.ring.count, stages_before + stages.count]
 
-    warp.repeat(Part.count(work, block), [ln.constant(0)] * (config.strips + 1), multiply_part)
+    warp.repeat(Part.count(work, block), [ln.constant(0)] * 2, multiply_part)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Strip:
-    """A strip of a warp during a part.
+    """A warp's strip during a part.
 
     Attributes:
-        number: of its ring in the block.
         ring: its values.
         masks: all mask words.
         first_word: index of the lane's word of the part's first block.
         even, odd: where the lane's streams start, in bytes from the ring's beginning on.
     """
 
-    number: Int
     ring: Ring
     masks: Array
     first_word: Int
@@ -89,10 +80,11 @@ class Strip:
     odd: Int
 
     @classmethod
-    def begin(cls, part: Part, number: Int, inputs, rings: Int, barriers: Int, before: Int) -> "Strip":
+    def begin(cls, part: Part, inputs, rings: Int, barriers: Int, before: Int) -> "Strip":
         """With its first pieces under way; `before` have gone through the ring already."""
         values, masks, rows, lags, _ = inputs
         work, config, lane = part.work, part.work.config, ln.thread() % ln.WARP
+        number = ln.warp()
         own = part.own(number)
         first, last = own * work.sections + part.first, own * work.sections + part.last
 
@@ -113,7 +105,7 @@ class Strip:
         origin = before * PIECE_BYTES + lane * 4
         even, odd = (origin + lag(first, half) * ROW_BYTES for half in (0, 1))
         first_word = (own * work.blocks + part.first * layout.SECTION) * ln.WARP + lane
-        strip = cls(number=number, ring=ring, masks=masks, first_word=first_word, even=even, odd=odd)
+        strip = cls(ring=ring, masks=masks, first_word=first_word, even=even, odd=odd)
         strip._fill()
         return strip
 
@@ -171,34 +163,19 @@ class Strip:
         return decode(word, self.ring.place(even), self.ring.place(odd)), ready
 
 
-def _multiply_strips(work: Work, strips: list[Strip], stages: Stages) -> list[list[Int]]:
-    """The sums of each strip over a part's sections, 4 registers a tile: stage by stage of x, block by block."""
-    lane, is_first = ln.thread() % ln.WARP, ln.thread().equals(0)
-    states, sums = (STATE * len(strips), REGISTERS * work.tiles)
+def _multiply_strip(work: Work, strip: Strip, stages: Stages) -> list[Int]:
+    """The strip's sums over a part's sections, 4 registers a tile: stage by stage of x, quad by quad."""
+    is_first, block_bytes = ln.thread().equals(0), work.tiles * X_TILE_BYTES
 
     def multiply_quad(first, place, carry):
         """Four blocks, whose mask words were loaded one quad before: a load that is carried on is waited for."""
-        carries = [carry[STATE * i : STATE * (i + 1)] for i in range(len(strips))]
-        following = [strip.words(first + QUAD, stages.blocks) for strip in strips]
-        places = [strip.places(c[:QUAD], *c[QUAD : QUAD + 3]) for strip, c in zip(strips, carries, strict=True)]
-        issued, accs = [c[-1] for c in carries], list(carry[states:])
-        for block in range(QUAD):
-            decoded = []
-            for i, strip in enumerate(strips):
-                end = places[i][block + 1][-1]
-                registers, issued[i] = strip.decode(carries[i][block], places[i][block], end, issued[i])
-                decoded.append(registers)
-            for tile in range(work.tiles):
-                of_tile = place + (block * work.tiles + tile) * X_TILE_BYTES + lane * 16
-                b = warp.load_words(of_tile) + warp.load_words(of_tile + X_TILE_BYTES // 2)
-                for i, a in enumerate(decoded):
-                    own = slice(sums * i + REGISTERS * tile, sums * i + REGISTERS * (tile + 1))
-                    for q in range(4):
-                        accs[own] = warp.multiply_tile(
-                            accs[own], a[4 * q : 4 * q + 4], b[2 * q : 2 * q + 2], work.dtype
-                        )
-        ends = zip(following, places, issued, strict=True)
-        return [*(x for words, of_strip, copied in ends for x in (*words, *of_strip[-1], copied)), *accs]
+        words, (*before, issued), sums = carry[:QUAD], carry[QUAD:STATE], carry[STATE:]
+        following = strip.words(first + QUAD, stages.blocks)
+        places = strip.places(words, *before)
+        for block, word in enumerate(words):
+            registers, issued = strip.decode(word, places[block], places[block + 1][-1], issued)
+            sums = warp.multiply_block(sums, registers, place + block * block_bytes, work.tiles, work.dtype)
+        return [*following, *places[-1], issued, *sums]
 
     def multiply_stage(stage, carry):
         ln.block_barrier()  # nobody reads the other stage any more
@@ -208,20 +185,19 @@ def _multiply_strips(work: Work, strips: list[Strip], stages: Stages) -> list[li
         first, place = stage * work.stage_blocks, stages.place(stage)
 
         def next_quad(i, carry):
-            return multiply_quad(first + i * QUAD, place + i * (QUAD * work.tiles * X_TILE_BYTES), carry)
+            return multiply_quad(first + i * QUAD, place + i * (QUAD * block_bytes), carry)
 
         return warp.repeat(stages.quads_of(stage), carry, next_quad)
 
     with ln.when(is_first):
         stages.copy(ln.constant(0))
-    carry = [x for strip in strips for x in strip.state(stages.blocks)] + [ln.constant(0)] * (sums * len(strips))
-    out = warp.repeat(stages.count, carry, multiply_stage)[states:]
-    return [out[sums * i : sums * (i + 1)] for i in range(len(strips))]
+    carry = strip.state(stages.blocks) + [ln.constant(0)] * (REGISTERS * work.tiles)
+    return warp.repeat(stages.count, carry, multiply_stage)[STATE:]
 
 
-def _store(work: Work, block: Int, part: Part, strip: Int, out: Array, sums: list[Int]) -> None:
+def _store(work: Work, block: Int, part: Part, out: Array, sums: list[Int]) -> None:
     """Writes a strip's sums to the block's slot, and zeros to those that no block has where these are its last."""
-    lane, columns = ln.thread() % ln.WARP, work.tiles * TILE_N
+    lane, columns, strip = ln.thread() % ln.WARP, work.tiles * TILE_N, part.strip(ln.warp())
     slot = block - (part.group * work.sections) // work.units
 
     def write(slot, values):

@@ -35,7 +35,7 @@ class Work:
 
     @property
     def groups(self) -> int:
-        return pl.cdiv(self.strips, self.config.rings)
+        return pl.cdiv(self.strips, self.config.warps)
 
     @property
     def grid(self) -> int:
@@ -95,7 +95,7 @@ class Part:
 
     def strip(self, ring: Int) -> Int:
         """The strip of a ring of the block. In the last group there may be none of this number."""
-        return self.group * self.work.config.rings + ring
+        return self.group * self.work.config.warps + ring
 
     def own(self, ring: Int) -> Int:
         """The strip that a ring computes: another one where there is none of its number."""

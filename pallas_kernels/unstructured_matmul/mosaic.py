@@ -38,7 +38,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Float, Float32, UInt32
+from jaxtyping import Array, Float, Float32, Shaped
 
 from pallas_kernels.tile import device as tile_device
 from pallas_kernels.tile import lane
@@ -51,30 +51,26 @@ from pallas_kernels.unstructured_matmul.weights import UnstructuredWeights, bloc
 INTERPRETED_BLOCKS = 2
 
 
-def for_lanes(x: Float[Array, "in n"], blocks: int) -> UInt32[Array, "blocks tiles 2 lanes 4"]:
-    """x as the mma's B fragments: of a lane's 8 registers for a block and a tile of columns, 4 and 4 lie together."""
+def for_wgmma(x: Shaped[Array, "in n"], blocks: int) -> Shaped[Array, "blocks 8 tiles 8 8"]:
+    """x as wgmma's B without a swizzle: core matrices of 8 columns by 8 rows, those of the same rows side by side."""
     rows, n = x.shape
-    n_tiles = tiles(n)
-    x = jnp.pad(x, ((0, blocks * layout.BLOCK - rows), (0, n_tiles * TILE_N - n)))
-    # block, h, q % 2, register of the mma, l % 4, pair, tile, l // 4
-    split = x.reshape(blocks, 2, 2, 2, 4, 2, n_tiles, TILE_N).transpose(0, 6, 1, 7, 4, 2, 3, 5)
-    return lax.bitcast_convert_type(split, jnp.uint32).reshape(blocks, n_tiles, 2, layout.LANES, 4)
+    x = jnp.pad(x, ((0, blocks * layout.BLOCK - rows), (0, tiles(n) * TILE_N - n)))
+    return x.reshape(blocks, layout.BLOCK // 8, 8, tiles(n), TILE_N).transpose(0, 1, 3, 4, 2)
 
 
-def from_lanes(words: UInt32[Array, "blocks tiles 2 lanes 4"], dtype) -> Float[Array, "padded columns"]:
-    """The inverse of `for_lanes`, padded."""
-    blocks, n_tiles = words.shape[:2]
-    split = lax.bitcast_convert_type(words, dtype).reshape(blocks, n_tiles, 2, TILE_N, 4, 2, 2, 2)
-    return split.transpose(0, 2, 5, 6, 4, 7, 1, 3).reshape(blocks * layout.BLOCK, n_tiles * TILE_N)
+def from_wgmma(cores: Shaped[Array, "blocks 8 tiles 8 8"]) -> Shaped[Array, "padded columns"]:
+    """The inverse of `for_wgmma`, padded."""
+    blocks, n_tiles = cores.shape[0], cores.shape[2]
+    return cores.transpose(0, 1, 4, 2, 3).reshape(blocks * layout.BLOCK, n_tiles * TILE_N)
 
 
 def _interpreted(work: Work, block, warpgroup, inputs, outputs, like: UnstructuredWeights) -> None:
     """What a warpgroup writes in `device.multiply`, with plain reads and writes, for the interpreter."""
-    values, masks, rows, lags, x_words = (ref[...] for ref in inputs)
+    values, masks, rows, lags, x_cores = (ref[...] for ref in inputs)
     weights = UnstructuredWeights(
         values=values, masks=masks, rows=rows, lags=lags, scales=None, shape=like.shape, dtype=like.dtype
     )  # fmt: skip
-    starts, x = block_starts(weights), from_lanes(x_words, values.dtype)[: work.blocks * layout.BLOCK]
+    starts, x = block_starts(weights), from_wgmma(x_cores)[: work.blocks * layout.BLOCK]
     start = block * work.units
     end = jnp.minimum(start + work.units, work.sections * work.groups) - 1
     columns = jnp.arange(x.shape[0], dtype=jnp.int32) // (layout.SECTION * layout.BLOCK)
@@ -84,9 +80,8 @@ def _interpreted(work: Work, block, warpgroup, inputs, outputs, like: Unstructur
         last = jnp.where(group == end // work.sections, end % work.sections, work.sections - 1)
         slot = block - group * work.sections // work.units
         own = jnp.where((columns >= first) & (columns <= last), 1, 0).astype(x.dtype)
-        of_warpgroup = WARPS * work.config.strips
-        for number in range(of_warpgroup):
-            strip = group * work.config.rings + warpgroup * of_warpgroup + number
+        for number in range(WARPS):
+            strip = group * work.config.warps + warpgroup * WARPS + number
 
             @pl.when(strip < work.strips)
             def _write(strip=strip):
@@ -106,7 +101,7 @@ def _interpreted(work: Work, block, warpgroup, inputs, outputs, like: Unstructur
 def divide(weights: UnstructuredWeights, x, config: Config, blocks: int) -> Work:
     """Equal runs of units for so many blocks."""
     strips, in_strip, _ = weights.masks.shape
-    units = layout.sections(in_strip) * pl.cdiv(strips, config.rings)
+    units = layout.sections(in_strip) * pl.cdiv(strips, config.warps)
     return Work(
         strips=strips,
         blocks=in_strip,
@@ -123,7 +118,7 @@ def mosaic(
     """Launches the kernel and adds up its slots; `interpret` runs it on CPU under the race detector."""
     work = divide(weights, x, config, INTERPRETED_BLOCKS if interpret else tile_device.sm_count())
     smem = pipelines.shared_memory(work)
-    inputs = [weights.values, weights.masks, weights.rows, weights.lags, for_lanes(x, work.padded_blocks)]
+    inputs = [weights.values, weights.masks, weights.rows, weights.lags, for_wgmma(x, work.padded_blocks)]
     shape = (work.slots, work.strips * layout.STRIP, work.tiles * TILE_N)
 
     def body(*refs):

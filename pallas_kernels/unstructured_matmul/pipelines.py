@@ -1,4 +1,4 @@
-"""The two pipelines of the kernel: a ring of values for each strip, and two stages of x for the block.
+"""The two pipelines of the kernel: a ring of values for each warp, and two stages of x for the block.
 
 Streams are behind the furthest by `MAX_LAG` rows at most and advance by `DEPTH` a block. So piece k can be overwritten
 in a block that finds the furthest stream at row m, if 16 (k + 1) + MAX_LAG <= m; a block lets at most one more piece be
@@ -21,9 +21,9 @@ def shared_memory(work: Work) -> dict[str, int]:
     """How many words there are in a block, by name."""
     stage = work.stage_blocks * work.tiles * X_TILE_BYTES
     return {
-        "rings": work.config.rings * work.config.ring_bytes // 4,
+        "rings": work.config.warps * work.config.ring_bytes // 4,
         "x": 2 * stage // 4,
-        "barriers": (work.config.rings * work.config.pieces + 2) * warp.BARRIER_BYTES // 4,
+        "barriers": (work.config.warps * work.config.pieces + 2) * warp.BARRIER_BYTES // 4,
     }
 
 

@@ -13,6 +13,7 @@ from jaxlib.mlir.dialects import arith, llvm, nvvm
 from pallas_kernels.tile.lane import Array, Int, constant
 
 BARRIER_BYTES = 8
+CORE_BYTES = 128  # of a core matrix: 8 columns of x by 8 of its rows
 
 
 def _i32() -> ir.Type:
@@ -38,12 +39,6 @@ def load_half(address: Int, offset: int) -> Int:
     return Int(arith.extui(_i32(), llvm.load(i16, utils.getelementptr(_pointer(address), [offset], i8))))
 
 
-def load_words(address: Int) -> list[Int]:
-    """Four words of shared memory, from a multiple of 16 on."""
-    vector = llvm.load(ir.VectorType.get((4,), _i32()), _pointer(address), alignment=16)
-    return [Int(llvm.extractelement(vector, constant(i).value)) for i in range(4)]
-
-
 def dot_bytes(a: Int, factors: int, c: Int) -> Int:
     """c + the sum of the four bytes of a, each times that byte of `factors`, unsigned."""
     signed = factors - (factors >> 31 << 32)
@@ -60,19 +55,36 @@ def rotate_right(x: Int, bits: int) -> Int:
     return Int(llvm.intr_fshr(x.value, x.value, constant(bits).value)) if bits else x
 
 
-def multiply_tile(acc: Sequence[Int], a: Sequence[Int], b: Sequence[Int], dtype: str) -> list[Int]:
-    """acc + a b of an mma.m16n8k16; the accumulators are the bits of float32."""
-    kind = {"bfloat16": "bf16", "float16": "f16"}[dtype]
-    f32 = ir.F32Type.get()
-    floats = [arith.bitcast(f32, x.value) for x in acc]
-    code = (
-        f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32 "
-        "{$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};"
+def multiply_block(acc: Sequence[Int], a: Sequence[Int], x: Int, tiles: int, dtype: str) -> list[Int]:
+    """acc + a x, of a block: wgmma by the four warps of a warpgroup, of which each has 16 rows of its own.
+
+    Args:
+        acc: bits of float32, 4 registers a tile.
+        a: 16 registers, 4 for each 16 columns.
+        x: address of the block's x in shared memory, as `mosaic.for_wgmma` arranges it.
+        tiles: of 8 columns of x.
+        dtype: of a and x.
+    """
+    kind, n, f32 = {"bfloat16": "bf16", "float16": "f16"}[dtype], 8 * tiles, ir.F32Type.get()
+    own, rest = range(len(acc)), range(len(acc), 2 * len(acc) + len(a) + 4)
+    before, registers, starts = rest[: len(acc)], rest[len(acc) : -4], rest[-4:]
+    between_k, between_n = CORE_BYTES * tiles // 16, CORE_BYTES // 16  # of core matrices, as descriptors count
+    code = [".reg .b64 d;", *(f"mov.b32 ${i}, ${j};" for i, j in zip(own, before, strict=True))]
+    code.append("wgmma.fence.sync.aligned;")
+    for q, start in enumerate(starts):
+        code.append(f"mov.b64 d, {{${start}, {between_n}}};")
+        sums, of_a = (", ".join(f"${i}" for i in group) for group in (own, registers[4 * q : 4 * q + 4]))
+        product = f"wgmma.mma_async.sync.aligned.m64n{n}k16.f32.{kind}.{kind}"
+        code.append(f"{product} {{{sums}}}, {{{of_a}}}, d, 1, 1, 1, 0;")
+    # Waited for at once: the registers of `a` are free again, and other warpgroups have work meanwhile.
+    code += ["wgmma.commit_group.sync.aligned;", "wgmma.wait_group.sync.aligned 0;"]
+    low = (x & 0x3FFFF) >> 4 | between_k << 16
+    of_starts = [low + q * 2 * between_k for q in range(4)]
+    operands = [*(arith.bitcast(f32, r.value) for r in acc), *(r.value for r in (*a, *of_starts))]
+    out: Any = utils.inline_ptx(
+        "{ " + " ".join(code) + " }", *operands, result_types=[f32] * len(acc), has_side_effects=True, convergent=True
     )
-    operands = [*(x.value for x in a), *(x.value for x in b), *floats]
-    # A side effect to the compiler, so that what it reads of a ring has been read when the ring is written next.
-    out: Any = utils.inline_ptx(code, *operands, result_types=[f32] * 4, has_side_effects=True, convergent=True)
-    return [Int(arith.bitcast(_i32(), x)) for x in out]
+    return [Int(arith.bitcast(_i32(), r)) for r in out]
 
 
 def begin_barriers(address: Int, count: int) -> None:
