@@ -15,6 +15,7 @@ ROW_BYTES = 2 * layout.STREAMS
 X_TILE_BYTES = layout.BLOCK * TILE_N * 2  # of x, of a block and tile
 QUAD = 4  # blocks of a strip that the loop's body takes
 SMS = 132  # of an H200: what the heuristic counts with
+MANY_ROWS = 7.5  # of values that a block takes on average, of 16
 RESERVED = 1536  # bytes of shared memory for barriers
 
 
@@ -24,11 +25,13 @@ class Config:
 
     Attributes:
         warpgroups: of a block, 1 to 5. Each warp has a strip at a time.
-        pieces: of 16 rows of values, that a warp's ring holds: 4 to 8.
+        pieces: of 16 rows of values, that a warp's ring holds: 4 to 8, and 5 at least for two blocks at once.
+        at_once: blocks that a warp decodes before it multiplies them, 1 or 2.
     """
 
     warpgroups: int = 4
     pieces: int = 5
+    at_once: int = 1
 
     @property
     def warps(self) -> int:
@@ -54,11 +57,14 @@ def stage_blocks(config: Config, tiles: int) -> int:
 def candidates(weights, x, bias=None, activation: str | None = None) -> list[Config]:
     """Configs worth timing for these arguments (shapes are enough); the heuristic's choice comes first.
 
-    That is the widest block which leaves about as few multiprocessors idle as any.
+    That is the widest block which leaves about as few multiprocessors idle as any. The more values there are, the
+    further ahead they have to be copied; a fifth piece costs a division, though.
     """
     del bias, activation
     strips, blocks, _ = weights.masks.shape
-    wanted = [Config(warpgroups=g, pieces=p) for g, p in ((4, 5), (4, 4), (5, 4), (3, 7), (3, 6), (2, 8), (1, 8))]
+    pieces = (5, 4) if weights.values.shape[0] > MANY_ROWS * strips * blocks else (4, 5)
+    wanted = [*(Config(pieces=p) for p in pieces), Config(at_once=2), Config(warpgroups=3, pieces=7)]
+    wanted += [Config(warpgroups=g, pieces=8) for g in (2, 1)]
     wanted = [config for config in wanted if stage_blocks(config, tiles(x.shape[1]))]
 
     def busiest(config: Config) -> int:
@@ -85,6 +91,8 @@ def check_config(config: Config, n: int) -> None:
     """Raises ValueError where a config does not fit the kernel, or no room is left for n columns of x."""
     if not 1 <= config.warpgroups <= 5 or not 4 <= config.pieces <= 8:
         raise ValueError(f"warpgroups must be 1 to 5, and pieces 4 to 8; got {config}")
+    if config.at_once not in (1, 2) or config.pieces < 3 + config.at_once:
+        raise ValueError(f"at_once must be 1, or 2 with 5 pieces at least; got {config}")
     if not stage_blocks(config, tiles(n)):
         raise ValueError(f"rings and x must fit into {SMEM_BYTES} bytes of shared memory; got {config}, n={n}")
 

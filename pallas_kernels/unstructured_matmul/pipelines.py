@@ -1,8 +1,8 @@
 """The two pipelines of the kernel: a ring of values for each warp, and two stages of x for the block.
 
-Streams are behind the furthest by `MAX_LAG` rows at most and advance by `DEPTH` a block. So piece k can be overwritten
-in a block that finds the furthest stream at row m, if 16 (k + 1) + MAX_LAG <= m; a block lets at most one more piece be
-copied, and waits for one more at most. Which pieces are under way follows from m alone.
+Streams are behind the furthest by `MAX_LAG` rows at most and advance by `DEPTH` a block at most. So piece k can be
+overwritten before a block that finds the furthest stream at row m, if 16 (k + 1) + MAX_LAG <= m; a block lets at most
+one more piece be copied, and waits for one more at most. Which pieces are under way follows from m alone.
 """
 
 import dataclasses
