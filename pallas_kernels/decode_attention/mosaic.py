@@ -30,6 +30,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from pallas_kernels.decode_attention.config import VECTOR, WARPS, Config, slots_at_once
 from pallas_kernels.decode_attention.reference import listed_mask
+from pallas_kernels.tile.launch import lowered_once
 
 LOWEST = float(jnp.finfo(jnp.float32).min)  # the maximum of no scores: finite, so that its differences are
 
@@ -192,6 +193,7 @@ def _kernel(*args, names: tuple[str, ...], k_smem, v_smem, weighted_smem, arrive
         pl.when(entry < refs["counts"][row])(lambda: attend(refs["heads"][row, entry]))
 
 
+@lowered_once("scale")
 def mosaic(
     q: Float[Array, "batch heads head_dim"],
     keys: Float[Array, "batch slots kv_heads head_dim"],

@@ -40,6 +40,7 @@ from pallas_kernels.gather_matmul.config import Config, dense_tile
 from pallas_kernels.micro_tile_index import MicroTileIndex
 from pallas_kernels.tile import device, gathered, pipeline, schedule, sread, swrite
 from pallas_kernels.tile.gathered import Gathered
+from pallas_kernels.tile.launch import lowered_once
 from pallas_kernels.tile.pipeline import BLOCK_K
 from pallas_kernels.tile.split import PRODUCTS, split
 
@@ -320,6 +321,7 @@ def _gather_matmul_kernel(
         _consume(walk, warpgroup, products, out_gmem, out_smem.at[warpgroup], a_smem, b_smem, barriers)
 
 
+@lowered_once("zero_elsewhere")
 def mosaic(
     a_t: Float[Array, "K M"],
     b: Float[Array, "K N"],

@@ -8,9 +8,11 @@ from jaxtyping import Array, Float, Float32
 
 from pallas_kernels.routing import Routing
 from pallas_kernels.tile import device, row_groups, row_tiling
+from pallas_kernels.tile.launch import lowered_once
 from pallas_kernels.tile.row_tiling import Config, Geometry
 
 
+@lowered_once("gather", "scatter", "activation", "gated", "transposed")
 def mosaic(
     x: Float[Array, "rows K"],
     w: Float[Array, "experts _ _"],

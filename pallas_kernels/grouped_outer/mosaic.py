@@ -18,6 +18,7 @@ from jaxtyping import Array, Float
 from pallas_kernels.routing import Routing
 from pallas_kernels.tile import device, gathered, pipeline, rows, schedule, swrite
 from pallas_kernels.tile.gathered import Gathered
+from pallas_kernels.tile.launch import lowered_once
 from pallas_kernels.tile.pipeline import BLOCK_K, PANEL
 
 OUT_SLOTS = 2
@@ -147,6 +148,7 @@ def _grouped_outer_kernel(
         _consume(walk, warpgroup, refs["out"], (a_smem, b_smem, out_smem.at[warpgroup]), barriers)
 
 
+@lowered_once("gather_x", "gather_y")
 def mosaic(
     x: Float[Array, "x_rows K"],
     y: Float[Array, "y_rows N"],

@@ -20,6 +20,8 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, nvvm
 from jaxtyping import Array, Bool, Int8, Int32
 
+from pallas_kernels.tile.launch import lowered_once
+
 WARP = 32
 WARPS = 4  # a block is one warpgroup
 ALIGNMENT = LOAD = 16  # bytes of mask a lane loads at once to count them: lists start on a multiple
@@ -161,6 +163,7 @@ def _place_interpreted(work: _Work, mask_gmem, indices_gmem, counts_gmem, block:
         pl.when(number < work.warps)(functools.partial(place_part, number))
 
 
+@lowered_once("length")
 def mosaic(
     mask: Bool[Array, "lists padded"] | Int8[Array, "lists padded"], length: int, config: Config, interpret: bool
 ) -> tuple[Int32[Array, "lists {length}"], Int32[Array, " lists"]]:

@@ -30,6 +30,7 @@ from pallas_kernels.neuron_ffn.config import ROWS, Config
 from pallas_kernels.neuron_ffn.reference import ACTIVATIONS
 from pallas_kernels.tile import device, gathered, pipeline, rows
 from pallas_kernels.tile.gathered import Gathered
+from pallas_kernels.tile.launch import lowered_once
 
 PANEL = pipeline.PANEL
 PRODUCER = 1  # the warpgroup after the one that multiplies
@@ -255,6 +256,7 @@ def _launch(product: _Product, small, w, neurons, count, interpret: bool) -> Flo
     return kernel(small, w, neurons, count[None])
 
 
+@lowered_once("activation")
 def batched(
     x: Float[Array, "batch d_model"],
     w1: Float[Array, "d_ff d_model"],

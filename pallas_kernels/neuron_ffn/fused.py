@@ -35,6 +35,7 @@ from jaxtyping import Array, Float, Float32, Int32
 
 from pallas_kernels.neuron_ffn.config import TMA_BOX, Config
 from pallas_kernels.tile import device, epilogue
+from pallas_kernels.tile.launch import lowered_once
 
 WARPS = 4  # of a warpgroup
 PRODUCER_REGISTERS = 40
@@ -189,6 +190,7 @@ def _fused_kernel(
         _combine(y, y_smem, refs["out"], combined)
 
 
+@lowered_once("activation")
 def fused(
     x: Float[Array, "1 d_model"],
     w1: Float[Array, "d_ff d_model"],

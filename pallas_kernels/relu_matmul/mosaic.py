@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float, Int8
 
 from pallas_kernels.relu_matmul.config import NEURONS, Config
 from pallas_kernels.tile import device, pipeline, schedule, swrite
+from pallas_kernels.tile.launch import lowered_once
 from pallas_kernels.tile.pipeline import BLOCK_K
 
 ARRIVALS = NEURONS // pipeline.PANEL + 1  # TMA copies of a stage: the panels of W, and X
@@ -129,6 +130,7 @@ def _relu_matmul_kernel(
         _consume(walk, warpgroup, steps, rows, refs, out_smem.at[warpgroup], x_smem, w_smem, barriers)
 
 
+@lowered_once("rows")
 def mosaic(
     x: Float[Array, "tokens d_model"],
     w: Float[Array, "d_model d_ff"],

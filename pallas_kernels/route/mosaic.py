@@ -17,6 +17,7 @@ from pallas_kernels.route import device, interpreted
 from pallas_kernels.routing import Routing
 from pallas_kernels.tile import lane
 from pallas_kernels.tile.device import require_device
+from pallas_kernels.tile.launch import lowered_once
 
 WARPS = 4  # of a warpgroup
 MAX_EXPERTS, MAX_TOP_K = 512, 16  # what a warp holds of a token; choices are unrolled
@@ -91,6 +92,7 @@ def _launch(kernel: str, work: device.Work, inputs, outputs, interpret: bool):
     return launch(*inputs)
 
 
+@lowered_once("top_k", "capacity", "groups")
 def mosaic(
     scores: Float[Array, "tokens experts"],
     top_k: int,

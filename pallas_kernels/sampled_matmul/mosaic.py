@@ -5,9 +5,11 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.micro_tile_index import MicroTileIndex
 from pallas_kernels.tile import device, row_groups, row_tiling
+from pallas_kernels.tile.launch import lowered_once
 from pallas_kernels.tile.row_tiling import Config, Geometry
 
 
+@lowered_once()
 def mosaic(
     a: Float[Array, "L N"], b: Float[Array, "W N"], index: MicroTileIndex, config: Config, interpret: bool
 ) -> Float[Array, "L W"]:

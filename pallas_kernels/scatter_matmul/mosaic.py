@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int32
 
 from pallas_kernels.micro_tile_index import MicroTileIndex
 from pallas_kernels.tile import device, row_groups, row_sums, row_tiling
+from pallas_kernels.tile.launch import lowered_once
 from pallas_kernels.tile.row_tiling import Config, Geometry
 
 MOST_SUMS = 8  # stored for each row of C, on average
@@ -27,6 +28,7 @@ def _capacity(m: int, k: int) -> int:
     return m * min(max(int(k * PAYS), 1), MOST_SUMS)
 
 
+@lowered_once()
 def mosaic(
     a: Float[Array, "M K"], b: Float[Array, "K N"], index: MicroTileIndex, config: Config, interpret: bool
 ) -> Float[Array, "M N"]:

@@ -42,6 +42,7 @@ from jaxtyping import Array, Float, Float32, Shaped
 
 from pallas_kernels.tile import device as tile_device
 from pallas_kernels.tile import lane
+from pallas_kernels.tile.launch import lowered_once
 from pallas_kernels.unstructured_matmul import device, layout, pipelines
 from pallas_kernels.unstructured_matmul.config import TILE_N, WARPS, Config, tiles
 from pallas_kernels.unstructured_matmul.division import Work
@@ -112,6 +113,7 @@ def divide(weights: UnstructuredWeights, x, config: Config, blocks: int) -> Work
     )
 
 
+@lowered_once()
 def mosaic(
     weights: UnstructuredWeights, x: Float[Array, "in n"], config: Config, interpret: bool
 ) -> Float32[Array, "out n"]:

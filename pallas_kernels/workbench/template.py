@@ -20,6 +20,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.case import Case, Work
 from pallas_kernels.tile.device import require_device
+from pallas_kernels.tile.launch import lowered_once
 from pallas_kernels.tile.pipeline import swizzled
 from pallas_kernels.tuning import tuned_config
 
@@ -98,6 +99,7 @@ def _kernel(a_gmem, b_gmem, c_gmem, *, a_smem, b_smem, c_smem, full, empty, conf
         plgpu.wait_smem_to_gmem(0)  # a block must not end while its copies run
 
 
+@lowered_once()
 def _mosaic(a, b, config: Config, interpret: bool):
     """The launch: one block a tile of C, its shared memory and its barriers."""
     m, n, dtype = a.shape[0], b.shape[1], a.dtype
