@@ -98,7 +98,7 @@ def measure(config: Config, run: Run, timer: Timer = programs.wall_clock) -> lis
     _check(config)
     rows = []
     for size in config.models if config.source is None else (config.source,):
-        rows += run.remembered(f"rows_{Path(size).name}", functools.partial(_measure_size, config, size, timer))
+        rows += _measure_size(config, size, run, timer)
     return rows
 
 
@@ -111,31 +111,31 @@ def _check(config: Config) -> None:
         opt.config_of(size, config.dtype, sparse_rows=config.sparse_rows)
 
 
-def _measure_size(config: Config, size: str, timer: Timer) -> list[Row]:
-    """Rows of one model."""
-    made = {"source": config.source, "profile": config.profile, "seed": config.seed}
-    model, weights = opt.make_model(size, config.dtype, **made)
-    every = choose_records(
-        config.records,
-        config.tokenizer,
-        config.batch,
-        vocab_size=model.config.vocab_size,
-        longest=model.config.max_length,
-        seed=config.seed,
-    )
+def _measure_size(config: Config, size: str, run: Run, timer: Timer) -> list[Row]:
+    """Rows of one model; peers first, while it is not on the GPU yet, unless it says itself how large it is."""
+    made, name = {"source": config.source, "profile": config.profile, "seed": config.seed}, Path(size).name
+    model = functools.cache(lambda: opt.make_model(size, config.dtype, **made))
+    sizes = opt.config_of(size, config.dtype) if config.source is None else model()[0].config
+    limits = {"vocab_size": sizes.vocab_size, "longest": sizes.max_length}
+    every = choose_records(config.records, config.tokenizer, config.batch, **limits, seed=config.seed)
     batches = [[record.tokens[: most or None] for record in every] for most in config.truncate]
-    peers: list[Row] = [{} for _ in batches]
+    lengths, peers = [list(map(len, batch)) for batch in batches], [{} for _ in batches]
     if not config.no_peers:
-        peers = opt_peers.measure_prefill(model.config, [list(map(len, b)) for b in batches], config.repeats)
+        ask = functools.partial(opt_peers.measure_prefill, sizes, lengths, config.repeats)
+        peers = run.remembered(f"transformers_{name}", ask)
     rows = []
     for most, batch, peer in zip(config.truncate, batches, peers, strict=True):
-        lengths = [len(tokens) for tokens in batch]
-        about = {"model": f"opt-{Path(size).name}", "weights": weights, "batch": len(batch), "truncated": most}
-        about |= {"tokens": sum(lengths), "longest": max(lengths), "dtype": config.dtype}
-        theirs = {f"transformers_{name}": value for name, value in peer.items()}
-        for row in _measure_batch(config, model, batch, timer):
+        about: Row = {"model": f"opt-{name}", "batch": len(batch), "truncated": most, "dtype": config.dtype}
+        about |= {"tokens": sum(map(len, batch)), "longest": max(map(len, batch))}
+        theirs = {f"transformers_{column}": value for column, value in peer.items()}
+
+        def measure(batch=batch) -> list[Row]:
+            network, weights = model()
+            return [{"weights": weights} | row for row in _measure_batch(config, network, batch, timer)]
+
+        for row in run.remembered(f"{name}_truncated_{most}", measure):
             rows.append(about | row | theirs)
-            print(", ".join(f"{name} {value}" for name, value in rows[-1].items()), flush=True)
+            print(", ".join(f"{column} {value}" for column, value in rows[-1].items()), flush=True)
     return rows
 
 
@@ -155,6 +155,7 @@ def _measure_batch(config: Config, model: OPT, batch: list[tuple[int, ...]], tim
             raise RuntimeError(f"{variant}: logits differ by {error:.1e}, above {TOLERANCES[config.dtype]}")
         parts = parts_ms(network, arrays[0], arrays[2], config.repeats, timer)
         parts["rest_ms"] = round(max(time_ms - sum(parts.values()), 0), 3)
+        print(f"{variant}: {time_ms} ms", flush=True)
         sparse_layers = sum(layer.sparse_rows is not None for layer in network.layers)
         row: Row = {"variant": variant, "sparse_layers": sparse_layers, "time_ms": time_ms, "memory_gib": memory_gib}
         rows.append(row | parts | {"error": error})

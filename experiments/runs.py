@@ -14,6 +14,7 @@ import os
 import platform
 import shutil
 import subprocess
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -77,10 +78,12 @@ class Run:
         print(text, flush=True)
 
     def remembered[T: Row | list[Row]](self, name: str, compute: Callable[[], T]) -> T:
-        """What an earlier process of this run has computed under this name, or else computes it."""
+        """What an earlier process of this run has computed under this name, or else computes it and says how long."""
         path = self.folder / "checkpoints" / f"{name}.json"  # removed when the run is finished
         if not path.exists():
+            start = time.perf_counter()
             self.write(f"checkpoints/{path.name}", json.dumps(compute()))
+            print(f"{name.replace('_', ' ')}: {time.perf_counter() - start:.0f} s", flush=True)
         return json.loads(path.read_text())
 
     def finish(self, rows: Sequence[Row]) -> None:

@@ -97,7 +97,7 @@ def test_a_step_is_timed_when_nothing_compiles(monkeypatch):
     monkeypatch.setattr(opt.time, "perf_counter", lambda: next(clock))
     ms, rows = opt.time_decode(model, 2, context=5, steps=4, repeats=3)
     assert ms == 2 and rows.cache.filled.tolist() == [5, 5]
-    assert seen == 5 * [([5, 5], [5, 5], (2, 9, 2, 8))]
+    assert seen == [([filled] * 2, [5, 5], (2, 9, 2, 8)) for filled in (0, 4, 5, 5, 5)]
 
 
 def test_readme_shows_both_next_to_transformers():

@@ -228,7 +228,7 @@ def test_x_lies_as_the_b_operand_of_wgmma():
     np.testing.assert_array_equal(from_wgmma(jnp.asarray(cores)), np.pad(x, ((0, 0), (0, 3))))
 
 
-MACHINE_OPERATIONS = ("begin_barriers", "expect", "copy", "wait", "load_half", "multiply_blocks")
+MACHINE_OPERATIONS = ("begin_barriers", "expect", "copy", "wait", "load_half", "multiply_block")
 
 
 class Machine:
@@ -291,7 +291,7 @@ class Machine:
         assert (banks == np.arange(32)).all(), "a bank conflict"
         return Int(self.bytes[places].astype(np.int64) | self.bytes[places + 1].astype(np.int64) << 8)
 
-    def multiply_blocks(self, acc, a, x, tiles, dtype):
+    def multiply_block(self, acc, a, x, tiles, dtype):
         """By the PTX manual's fragments of wgmma.m64nNk16: a warp has 16 rows, each a quarter of a warpgroup's."""
 
         def pairs(register):
@@ -300,13 +300,12 @@ class Machine:
 
         assert np.unique(number(x)).size == 1, "a warpgroup has one x"
         start, own = int(number(x)[0]), np.arange(32)
-        length = len(a) // 4 * 16
-        cores = self.bytes[start : start + length * 8 * tiles * 2].view(jnp.dtype(dtype)).reshape(-1, tiles, 8, 8)
-        columns = cores.astype(np.float32).transpose(0, 3, 1, 2).reshape(length, 8 * tiles)
+        cores = self.bytes[start : start + 64 * 8 * tiles * 2].view(jnp.dtype(dtype)).reshape(8, tiles, 8, 8)
+        columns = cores.astype(np.float32).transpose(0, 3, 1, 2).reshape(64, 8 * tiles)
         out = np.stack([number(r).astype(np.int32).view(np.float32) for r in acc])
         for first in range(0, lanes.BLOCK.threads.size, 32):
             in_warp = slice(first, first + 32)
-            rows = np.zeros((16, length), np.float32)
+            rows = np.zeros((16, 64), np.float32)
             for t, register in enumerate(a):
                 for pair in range(2):
                     column = t // 4 * 16 + t // 2 % 2 * 8 + own % 4 * 2 + pair
@@ -394,10 +393,7 @@ def on_numpy(machine: Machine):
 )
 def test_device_code_on_numpy_lanes(compressed, pattern, n, blocks, warpgroups, lands_late, unchecked, getkey):
     """Every thread's code, with its ring, its barriers and its bits: sums as of the dense product."""
-    weights, config = (
-        compressed[pattern],
-        Config(warpgroups=warpgroups, pieces=4 + blocks % 3, at_once=1 + (blocks % 3 > 0)),
-    )
+    weights, config = compressed[pattern], Config(warpgroups=warpgroups, pieces=4 + blocks % 3)
     x = jax.random.normal(getkey(), (1100, n), jnp.bfloat16)
     division = divide(weights, x, config, blocks)
     inputs = [np.asarray(a) for a in (weights.values, weights.masks, weights.rows, weights.lags)]
@@ -416,9 +412,7 @@ def test_device_code_on_numpy_lanes(compressed, pattern, n, blocks, warpgroups, 
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(
-    "config", [Config(), Config(pieces=4), Config(at_once=2), Config(warpgroups=3, pieces=8, at_once=2)]
-)
+@pytest.mark.parametrize("config", [Config(), Config(pieces=4), Config(warpgroups=3, pieces=7)])
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_patterns_on_a_gpu(compressed, pattern, config, getkey):
     x = jax.random.normal(getkey(), (1100, 24), jnp.bfloat16)

@@ -24,14 +24,12 @@ class Config:
     """Tiling of the Mosaic kernel.
 
     Attributes:
-        warpgroups: of a block, 1 to 5. Each warp has a strip at a time.
-        pieces: of 16 rows of values, that a warp's ring holds: 4 to 8, and 5 at least for two blocks at once.
-        at_once: blocks that a warp decodes before it multiplies them, 1 or 2.
+        warpgroups: of a block, 1 to 4. Each warp has a strip at a time.
+        pieces: of 16 rows of values, that a warp's ring holds: 4 to 8.
     """
 
     warpgroups: int = 4
     pieces: int = 5
-    at_once: int = 1
 
     @property
     def warps(self) -> int:
@@ -63,7 +61,7 @@ def candidates(weights, x, bias=None, activation: str | None = None) -> list[Con
     del bias, activation
     strips, blocks, _ = weights.masks.shape
     pieces = (5, 4) if weights.values.shape[0] > MANY_ROWS * strips * blocks else (4, 5)
-    wanted = [*(Config(pieces=p) for p in pieces), Config(at_once=2), Config(warpgroups=3, pieces=7)]
+    wanted = [*(Config(pieces=p) for p in pieces), Config(warpgroups=3, pieces=7)]
     wanted += [Config(warpgroups=g, pieces=8) for g in (2, 1)]
     wanted = [config for config in wanted if stage_blocks(config, tiles(x.shape[1]))]
 
@@ -89,10 +87,8 @@ def check_support(weights, x, devices: tuple[str, ...] | None) -> None:
 
 def check_config(config: Config, n: int) -> None:
     """Raises ValueError where a config does not fit the kernel, or no room is left for n columns of x."""
-    if not 1 <= config.warpgroups <= 5 or not 4 <= config.pieces <= 8:
-        raise ValueError(f"warpgroups must be 1 to 5, and pieces 4 to 8; got {config}")
-    if config.at_once not in (1, 2) or config.pieces < 3 + config.at_once:
-        raise ValueError(f"at_once must be 1, or 2 with 5 pieces at least; got {config}")
+    if not 1 <= config.warpgroups <= 4 or not 4 <= config.pieces <= 8:
+        raise ValueError(f"warpgroups must be 1 to 4, and pieces 4 to 8; got {config}")
     if not stage_blocks(config, tiles(n)):
         raise ValueError(f"rings and x must fit into {SMEM_BYTES} bytes of shared memory; got {config}, n={n}")
 

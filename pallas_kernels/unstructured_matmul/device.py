@@ -145,41 +145,36 @@ class Strip:
             places.append((even, odd, ln.warp_max(ln.maximum(even, odd))))
         return places
 
-    def decode(self, words: Sequence[Int], places: Sequence[tuple[Int, Int, Int]], issued: Int):
-        """The registers of consecutive blocks, and the pieces copied by now: those of what they need are waited for.
+    def decode(self, word: Int, before: tuple[Int, Int, Int], end: Int, issued: Int) -> tuple[list[Int], Int]:
+        """A block's registers, and the pieces copied so far: one more may be, and what the block needs is waited for.
 
         Args:
-            words: the lane's mask words.
-            places: both streams and the furthest one before each of them, and after the last.
-            issued: pieces copied before. A block lets one more be copied.
+            word: the lane's mask word.
+            before: both streams and the furthest one.
+            end: the furthest one after it.
+            issued: pieces copied before.
         """
-        top, end = places[0][-1], places[-1][-1]
-        ready, needed = self.ring.ready_for(top), self.ring.needed_before(end)
+        even, odd, top = before
+        ready = self.ring.ready_for(top)
         warp.warp_barrier()  # every lane has read what is overwritten now
-        for more in range(len(words)):
-            with ln.when((ln.thread() % ln.WARP).equals(0) & (issued + more < ready)):
-                self.ring.copy(issued + more)
-        for earlier in reversed(range(len(words))):
-            self.ring.wait(ln.maximum(needed - earlier, 0) if earlier else needed)
-        registers = []
-        for word, (even, odd, _) in zip(words, places, strict=False):
-            registers += decode(word, self.ring.place(even), self.ring.place(odd))
-        return registers, ready
+        with ln.when((ln.thread() % ln.WARP).equals(0) & (issued < ready)):
+            self.ring.copy(issued)
+        self.ring.wait(self.ring.needed_before(end))
+        return decode(word, self.ring.place(even), self.ring.place(odd)), ready
 
 
 def _multiply_strip(work: Work, strip: Strip, stages: Stages) -> list[Int]:
     """The strip's sums over a part's sections, 4 registers a tile: stage by stage of x, quad by quad."""
-    is_first, block_bytes, at_once = ln.thread().equals(0), work.tiles * X_TILE_BYTES, work.config.at_once
+    is_first, block_bytes = ln.thread().equals(0), work.tiles * X_TILE_BYTES
 
     def multiply_quad(first, place, carry):
         """Four blocks, whose mask words were loaded one quad before: a load that is carried on is waited for."""
         words, (*before, issued), sums = carry[:QUAD], carry[QUAD:STATE], carry[STATE:]
         following = strip.words(first + QUAD, stages.blocks)
         places = strip.places(words, *before)
-        for block in range(0, QUAD, at_once):
-            own = slice(block, block + at_once)
-            registers, issued = strip.decode(words[own], places[block : block + at_once + 1], issued)
-            sums = warp.multiply_blocks(sums, registers, place + block * block_bytes, work.tiles, work.dtype)
+        for block, word in enumerate(words):
+            registers, issued = strip.decode(word, places[block], places[block + 1][-1], issued)
+            sums = warp.multiply_block(sums, registers, place + block * block_bytes, work.tiles, work.dtype)
         return [*following, *places[-1], issued, *sums]
 
     def multiply_stage(stage, carry):

@@ -3,32 +3,37 @@
 A lane decodes the 32 elements of a block that are its own by their position among those stored: every element is looked
 at, whatever the density, by one load of 16 bits from a bank that is the lane's own.
 
-Instructions a lane and block of 16 x 64, 32 elements, in the loop for 8 columns of x (SASS of CUDA 13.0 for sm_90a, of
-the same code in CUDA C++), and the elements a clock and SM that each pipe allows. The goals are 9.4 / 10.7 / 12.3 and
-15.6 at 50 / 60 / 70 and 80% zeros; memory allows 14.5 at 50% and 31 at 80%:
+Instructions a warp and block of 16 x 64, 32 elements a lane (SASS of 8 columns of x at 80% zeros, counted by ncu):
 
-    dp4a (IDP.4A): 30 places, 16 selectors           46    at 64 lanes a clock     44
-    PRMT, LOP3, SHF, compares: 16 + 12 + 3 + 31      62    at 64                   33
-    LDS.U16, a bank for each lane                    32    at 32                   32
-    and LDS.128 of x, 4 wavefronts each               2    at 32, with the former  25; 16 for 32 columns, 10 for 64
-        shared by the two strips of a warp                                         28; 21 for 32 columns, 16 for 64
-    mma, mask word, ring, loop, uniform moves       ~40
-    one more piece, every 16 rows                   ~60
-    all at 50% / 80%                          210 / 190    at 128                  19 / 21
+    dp4a (IDP.4A): 30 places, 16 selectors    46    at 64 lanes a clock and SM
+    LDS.U16, a bank for each lane             32    at 32
+    PRMT, LOP3, SHF                           40    at 64
+    mask words, ring, waits, loop, uniform   ~64
+    all                                      182    at 128: 38 us of 28672 x 7168, and 45 with the start and the end
 
-Decoders that lost on paper, as instructions of the same loop, and how many of them integer (238 and 62 here):
-    zeros by sign masks instead of selectors        251, 90
-    places by shift, and, add                       281, 110
-    places by IMAD prefix sums, zeros by sign masks 291, 133
-    one stream a lane, a predicate and an add an element: the probe that this replaces, 9.3 elements a clock measured
-    value + location, scattered by lane into a zeroed tile: at 80% 11 steps (the fullest of 32 lanes has 11 of its 32)
-        and 32 wavefronts to clear and read the tile, so 48 wavefronts a block where this takes 41
-    2:4 mma.sp and an overflow of value + location: 1.5 bytes an element at 50%, a roof of 1.33x where 1.77x is
+It takes 64: a third of the clocks find no warp that is ready (ncu: 67% of the issue slots are used, no pipe above 60%,
+memory at 2.0 TB/s; at 50% zeros 3.6). Microseconds of 28672 x 7168 at 50% and 80% zeros, weights in memory, for 8 and
+for 32 columns of x; the dense product takes 104 and 106 by cuBLAS:
+
+    this, 5 pieces a ring                                  74 / 68      87 / 80
+    this, 4 pieces (no division by 5)                      80 / 64      90 / 74
+    one block a step of the loop, mma, 4 pieces            79 / 66
+        a mask word that is carried on is waited for in every block: the latency of L2
+    four blocks a step, mma                                74 / 61      91 / 84
+        each warp loads x for itself, which wgmma reads once for four
+    20 warps, 4 pieces                                     82 / 68
+    12 warps, 7 pieces                                     81 / 75      93 / 88
+    8 warps of two strips, mma                             86 / 72     104 / 91
+    two blocks decoded before they are multiplied          75 / 67      89 / 79
+In CUDA C++ with one block a step: places by shift and add 6% slower, by IMAD prefix sums 10%, zeros by sign masks 3%,
+pieces of 8 rows 9%; without any decoding 12% quicker, so the loop's latencies are what there was to win.
+
+Decoders that lost on paper: value + location, scattered by lane into a zeroed tile (at 80%, 11 steps, as the fullest of
+32 lanes has 11 of its 32 elements, and 32 wavefronts to clear and read the tile: 48 a block where this takes 32); 2:4
+mma.sp and an overflow of value + location (1.5 bytes an element at 50%, a roof of 1.33x where 1.77x is).
 
 Beside these: a block begins with the offsets, the first values and the first decode, some 3 us, once more where it goes
-on to other strips; and XLA adds up the slots, 2 us. Copies under way are 16 to 32 rows of 128 bytes a strip.
-
-Nothing here has been timed: whether dp4a runs beside the integer pipe, as IMAD does, is the first thing to measure.
+on to other strips; and XLA adds up the slots, 2 us.
 """
 
 import functools

@@ -55,20 +55,19 @@ def rotate_right(x: Int, bits: int) -> Int:
     return Int(llvm.intr_fshr(x.value, x.value, constant(bits).value)) if bits else x
 
 
-def multiply_blocks(acc: Sequence[Int], a: Sequence[Int], x: Int, tiles: int, dtype: str) -> list[Int]:
-    """acc + a x, of consecutive blocks: wgmma by the four warps of a warpgroup, each with 16 rows of its own.
+def multiply_block(acc: Sequence[Int], a: Sequence[Int], x: Int, tiles: int, dtype: str) -> list[Int]:
+    """acc + a x, of a block: wgmma by the four warps of a warpgroup, of which each has 16 rows of its own.
 
     Args:
         acc: bits of float32, 4 registers a tile.
-        a: 16 registers a block, 4 for each 16 columns.
-        x: address of the first block's x in shared memory, as `mosaic.for_wgmma` arranges it.
+        a: 16 registers, 4 for each 16 columns.
+        x: address of the block's x in shared memory, as `mosaic.for_wgmma` arranges it.
         tiles: of 8 columns of x.
         dtype: of a and x.
     """
     kind, n, f32 = {"bfloat16": "bf16", "float16": "f16"}[dtype], 8 * tiles, ir.F32Type.get()
-    steps = len(a) // 4
-    own, rest = range(len(acc)), range(len(acc), 2 * len(acc) + len(a) + steps)
-    before, registers, starts = rest[: len(acc)], rest[len(acc) : -steps], rest[-steps:]
+    own, rest = range(len(acc)), range(len(acc), 2 * len(acc) + len(a) + 4)
+    before, registers, starts = rest[: len(acc)], rest[len(acc) : -4], rest[-4:]
     between_k, between_n = CORE_BYTES * tiles // 16, CORE_BYTES // 16  # of core matrices, as descriptors count
     code = [".reg .b64 d;", *(f"mov.b32 ${i}, ${j};" for i, j in zip(own, before, strict=True))]
     code.append("wgmma.fence.sync.aligned;")
@@ -80,7 +79,7 @@ def multiply_blocks(acc: Sequence[Int], a: Sequence[Int], x: Int, tiles: int, dt
     # Waited for at once: the registers of `a` are free again, and other warpgroups have work meanwhile.
     code += ["wgmma.commit_group.sync.aligned;", "wgmma.wait_group.sync.aligned 0;"]
     low = (x & 0x3FFFF) >> 4 | between_k << 16
-    of_starts = [low + q * 2 * between_k for q in range(steps)]
+    of_starts = [low + q * 2 * between_k for q in range(4)]
     operands = [*(arith.bitcast(f32, r.value) for r in acc), *(r.value for r in (*a, *of_starts))]
     out: Any = utils.inline_ptx(
         "{ " + " ".join(code) + " }", *operands, result_types=[f32] * len(acc), has_side_effects=True, convergent=True
