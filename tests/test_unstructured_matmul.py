@@ -23,7 +23,7 @@ from pallas_kernels.unstructured_matmul import (
     work,
 )
 from pallas_kernels.unstructured_matmul.config import tiles
-from pallas_kernels.unstructured_matmul.mosaic import divide, for_wgmma, from_wgmma
+from pallas_kernels.unstructured_matmul.mosaic import divide, expand, for_wgmma, from_wgmma
 
 SHAPE = (100, 1100)  # no multiple of a strip, a run, a block or a section; two runs, and two sections a strip
 
@@ -333,7 +333,7 @@ class Gmem:
     def store(self, index, value):
         threads = lanes.BLOCK.threads[lanes.BLOCK.active[-1]]
         places = number(index)[threads]
-        self.flat[places] = number(value).astype(np.int32).view(np.float32)[threads]
+        self.flat[places] = number(value).astype(np.int32).view(self.flat.dtype)[threads]
         self.times_written[places] += 1
 
 
@@ -395,20 +395,38 @@ def test_device_code_on_numpy_lanes(compressed, pattern, n, blocks, warpgroups, 
     """Every thread's code, with its ring, its barriers and its bits: sums as of the dense product."""
     weights, config = compressed[pattern], Config(warpgroups=warpgroups, pieces=4 + blocks % 3)
     x = jax.random.normal(getkey(), (1100, n), jnp.bfloat16)
-    division = divide(weights, x, config, blocks)
-    inputs = [np.asarray(a) for a in (weights.values, weights.masks, weights.rows, weights.lags)]
-    inputs = [Gmem(a) for a in (*inputs, np.asarray(for_wgmma(x, division.padded_blocks)))]
-    out = Gmem(np.full((division.slots, division.strips * layout.STRIP, tiles(n) * 8), np.nan, np.float32))
+    division = divide(weights, n, config, blocks)
+    out = np.full((division.slots, division.strips * layout.STRIP, tiles(n) * 8), np.nan, np.float32)
+    slots = run_on_numpy(device.multiply, division, weights, [for_wgmma(x, division.padded_blocks)], out, lands_late)
+    sums = slots.sum(axis=0)[:100, :n]
+    assert relative_error(sums, matrix(pattern).astype(np.float64) @ np.asarray(x, np.float64)) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("pattern", "blocks", "lands_late"), [("half", 3, True), ("one row", 2, False), ("full", 1, True)]
+)
+def test_device_code_that_expands_on_numpy_lanes(compressed, pattern, blocks, lands_late, unchecked):
+    """The dense matrix, to the bit; each word of it is written once."""
+    weights = compressed[pattern]
+    division = divide(weights, 0, Config(warpgroups=1, pieces=4 + blocks % 2), blocks)
+    out = np.zeros((division.strips * layout.STRIP, division.blocks * layout.BLOCK // 2), np.uint32)
+    dense = run_on_numpy(device.expand, division, weights, [], out, lands_late)
+    np.testing.assert_array_equal(dense.view(jnp.bfloat16)[:100, :1100], matrix(pattern))
+
+
+def run_on_numpy(kernel, division, weights, more, out: np.ndarray, lands_late: bool) -> np.ndarray:
+    """What all blocks of a kernel write."""
+    arrays = [weights.values, weights.masks, weights.rows, weights.lags, *more]
+    inputs, written = [Gmem(np.asarray(a)) for a in arrays], Gmem(out)
     for block in range(division.grid):
         machine = Machine(lands_late)
         lanes.BLOCK = lanes.Block(division.threads)
         with on_numpy(machine):
             smem = {name: machine.allocate(words) for name, words in pipelines.shared_memory(division).items()}
-            device.multiply(division, Int(block), inputs, [out], smem)  # pyright: ignore[reportArgumentType]
+            kernel(division, Int(block), inputs, [written], smem)
         assert not machine.pending, "a copy that nobody waited for"
-    assert (out.times_written == 1).all()
-    sums = out.flat.reshape(out.data.shape).sum(axis=0)[:100, :n]
-    assert relative_error(sums, matrix(pattern).astype(np.float64) @ np.asarray(x, np.float64)) < 1e-5
+    assert (written.times_written == 1).all()
+    return written.flat.reshape(out.shape)
 
 
 @pytest.mark.gpu
@@ -417,6 +435,7 @@ def test_device_code_on_numpy_lanes(compressed, pattern, n, blocks, warpgroups, 
 def test_patterns_on_a_gpu(compressed, pattern, config, getkey):
     x = jax.random.normal(getkey(), (1100, 24), jnp.bfloat16)
     out = unstructured_matmul(compressed[pattern], x, config=config, implementation="mosaic_gpu")
+    assert (expand(compressed[pattern], config, interpret=False) == matrix(pattern)).all()
     assert relative_error(out, matrix(pattern).astype(np.float64) @ np.asarray(x, np.float64)) < 5e-3
 
 

@@ -79,8 +79,8 @@ def unstructured_matmul(
         x: [in, n], of the dtype of W.
         bias: of each row of the result, of that dtype, or None.
         activation: None, "relu", "gelu", "gelu_tanh" or "silu".
-        config: tiling of the Mosaic kernel; None takes the tuned one, or a heuristic.
-        implementation: "mosaic_gpu" (Hopper, 16-bit values, n of 64 at most), "xla" (anywhere), "interpret" (the
+        config: tiling of the Mosaic kernels; None takes the tuned one, or a heuristic.
+        implementation: "mosaic_gpu" (Hopper, 16-bit values), "xla" (anywhere), "interpret" (the
             Mosaic kernel on CPU under the race detector, slow), or None: the Mosaic kernel where it can run, else xla.
 
     Raises:

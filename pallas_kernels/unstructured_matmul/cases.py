@@ -73,6 +73,7 @@ CASES = (
     _case("int8 values", shape=(96, 130), n=16, density=0.4, value_dtype="int8"),
     _case("float8 values", shape=(96, 130), n=16, density=0.4, value_dtype="float8_e4m3fn", bias=True),
     _case("80 tokens", shape=(96, 130), n=80, density=0.3, activation="silu", dtypes=("bfloat16", "float32")),
+    _case("200 tokens", shape=(96, 130), n=200, density=0.3),
     *(
         _case(f"{m}x{k}, n {n}, {zeros}%", shape=(m, k), n=n, density=1 - zeros / 100, bench=True)
         for m, k in BENCH_SHAPES

@@ -9,7 +9,8 @@ from pallas_kernels.tile.pipeline import SMEM_BYTES
 from pallas_kernels.unstructured_matmul import layout
 
 WARPS = 4  # of a warpgroup
-MAX_N = 64
+MAX_N = 64  # columns of x that are multiplied at a time
+EXPAND_N = 128  # more than so many, and the dense matrix is written first
 TILE_N = 8  # columns of x: the least of a wgmma
 ROW_BYTES = 2 * layout.STREAMS
 X_TILE_BYTES = layout.BLOCK * TILE_N * 2  # of x, of a block and tile
@@ -63,7 +64,7 @@ def candidates(weights, x, bias=None, activation: str | None = None) -> list[Con
     pieces = (5, 4) if weights.values.shape[0] > MANY_ROWS * strips * blocks else (4, 5)
     wanted = [*(Config(pieces=p) for p in pieces), Config(warpgroups=3, pieces=7)]
     wanted += [Config(warpgroups=g, pieces=8) for g in (2, 1)]
-    wanted = [config for config in wanted if stage_blocks(config, tiles(x.shape[1]))]
+    wanted = [config for config in wanted if stage_blocks(config, tiles(min(x.shape[1], MAX_N)))]
 
     def busiest(config: Config) -> int:
         """Strips times sections of the multiprocessor that has most to do."""
@@ -79,8 +80,6 @@ def check_support(weights, x, devices: tuple[str, ...] | None) -> None:
         raise NotImplementedError(f"the Mosaic kernel takes bfloat16 and float16; got {x.dtype}")
     if weights.scales is not None:
         raise NotImplementedError(f"the Mosaic kernel takes values of 16 bits; got {weights.values.dtype}")
-    if x.shape[1] > MAX_N:
-        raise NotImplementedError(f"the Mosaic kernel takes n of {MAX_N} at most; got n={x.shape[1]}")
     if devices is not None:
         device.require_device("unstructured_matmul", devices)
 
@@ -89,7 +88,7 @@ def check_config(config: Config, n: int) -> None:
     """Raises ValueError where a config does not fit the kernel, or no room is left for n columns of x."""
     if not 1 <= config.warpgroups <= 4 or not 4 <= config.pieces <= 8:
         raise ValueError(f"warpgroups must be 1 to 4, and pieces 4 to 8; got {config}")
-    if not stage_blocks(config, tiles(n)):
+    if not stage_blocks(config, tiles(min(n, MAX_N))):
         raise ValueError(f"rings and x must fit into {SMEM_BYTES} bytes of shared memory; got {config}, n={n}")
 
 

@@ -1,4 +1,4 @@
-"""The kernel of `unstructured_matmul` on the device, in inline MLIR: what a thread does.
+"""The kernels of `unstructured_matmul` on the device, in inline MLIR: what a thread does.
 
 Units of work are a section of a group of strips, one a warp; a block takes a run of them, so that all warps walk
 along the same columns and share x in shared memory. Where the run goes on with the next group, the sums of this one are
@@ -6,7 +6,7 @@ written: those of the blocks that share a group lie in different slots, and XLA 
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from pallas_kernels.tile import lane as ln
 from pallas_kernels.tile.lane import Array, Int
@@ -44,22 +44,49 @@ def decode(word: Int, even: Int, odd: Int) -> list[Int]:
 
 def multiply(work: Work, block: Int, inputs, outputs, smem: dict[str, Array]) -> None:
     """What a thread does; inputs are values, masks, rows, lags and x as `mosaic.for_wgmma` arranges it."""
-    config = work.config
-    barriers = warp.address_of(smem["barriers"])
-    x_barriers = barriers + config.warps * config.pieces * warp.BARRIER_BYTES
-    with ln.when(ln.thread().equals(0)):
-        warp.begin_barriers(barriers, config.warps * config.pieces + 2)
-    ln.block_barrier()
+    rings, barriers = _begin(work, smem, more=2)
 
     def multiply_part(number, carry):
         pieces_before, stages_before = carry
         part = Part.of(work, block, number)
-        strip = Strip.begin(part, inputs, warp.address_of(smem["rings"]), barriers, pieces_before)
+        strip = Strip.begin(part, inputs, rings, barriers, pieces_before)
+        x_barriers = barriers + work.config.warps * work.config.pieces * warp.BARRIER_BYTES
         stages = Stages(work, part, inputs[4], warp.address_of(smem["x"]), x_barriers, stages_before)
-        _store(work, block, part, outputs[0], _multiply_strip(work, strip, stages))
+        _store_sums(work, block, part, outputs[0], _multiply_strip(work, strip, stages))
         return [pieces_before + strip.ring.count, stages_before + stages.count]
 
     warp.repeat(Part.count(work, block), [ln.constant(0)] * 2, multiply_part)
+
+
+def expand(work: Work, block: Int, inputs, outputs, smem: dict[str, Array]) -> None:
+    """What a thread does to write the dense matrix, two elements a word; inputs are values, masks, rows and lags."""
+    rings, barriers = _begin(work, smem)
+
+    def expand_part(number, carry):
+        part = Part.of(work, block, number)
+        strip = Strip.begin(part, inputs, rings, barriers, carry[0])
+
+        def expand_quad(quad, state):
+            def store(offset, registers):
+                number = quad * QUAD + offset
+                with ln.when((number < part.blocks) & (part.strip(ln.warp()) < work.strips)):
+                    _store_block(work, part, number, outputs[0], registers)
+
+            return strip.decode_quad(state, quad * QUAD, store)
+
+        warp.repeat((part.blocks + (QUAD - 1)) // QUAD, strip.state(), expand_quad)
+        return [carry[0] + strip.ring.count]
+
+    warp.repeat(Part.count(work, block), [ln.constant(0)], expand_part)
+
+
+def _begin(work: Work, smem: dict[str, Array], more: int = 0) -> tuple[Int, Int]:
+    """Addresses of the rings and of their barriers, behind which are some more; all of them are ready."""
+    barriers = warp.address_of(smem["barriers"])
+    with ln.when(ln.thread().equals(0)):
+        warp.begin_barriers(barriers, work.config.warps * work.config.pieces + more)
+    ln.block_barrier()
+    return warp.address_of(smem["rings"]), barriers
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,12 +94,14 @@ class Strip:
     """A warp's strip during a part.
 
     Attributes:
+        part: the part.
         ring: its values.
         masks: all mask words.
         first_word: index of the lane's word of the part's first block.
         even, odd: where the lane's streams start, in bytes from the ring's beginning on.
     """
 
+    part: Part
     ring: Ring
     masks: Array
     first_word: Int
@@ -82,7 +111,7 @@ class Strip:
     @classmethod
     def begin(cls, part: Part, inputs, rings: Int, barriers: Int, before: Int) -> "Strip":
         """With its first pieces under way; `before` have gone through the ring already."""
-        values, masks, rows, lags, _ = inputs
+        values, masks, rows, lags = inputs[:4]
         work, config, lane = part.work, part.work.config, ln.thread() % ln.WARP
         number = ln.warp()
         own = part.own(number)
@@ -104,8 +133,8 @@ class Strip:
         )
         origin = before * PIECE_BYTES + lane * 4
         even, odd = (origin + lag(first, half) * ROW_BYTES for half in (0, 1))
-        first_word = (own * work.blocks + part.first * layout.SECTION) * ln.WARP + lane
-        strip = cls(ring=ring, masks=masks, first_word=first_word, even=even, odd=odd)
+        first_word = (own * work.blocks + part.first_block) * ln.WARP + lane
+        strip = cls(part=part, ring=ring, masks=masks, first_word=first_word, even=even, odd=odd)
         strip._fill()
         return strip
 
@@ -125,17 +154,30 @@ class Strip:
             with ln.when(piece < needed + 1):
                 self.ring.wait(piece)
 
-    def words(self, quad: Int, blocks: Int) -> list[Int]:
-        """The lane's mask words of the blocks from number `quad` on; zeros behind the part's last block."""
-        words = []
-        for block in (quad + i for i in range(QUAD)):
+    def words(self, first: Int) -> list[Int]:
+        """The lane's mask words of the quad from this block on; zeros behind the part's last block."""
+        blocks, words = self.part.blocks, []
+        for block in (first + i for i in range(QUAD)):
             word = self.masks.load(self.first_word + ln.minimum(block, blocks - 1) * ln.WARP)
             words.append(ln.select(block < blocks, word, 0))
         return words
 
-    def state(self, blocks: Int) -> list[Int]:
+    def state(self) -> list[Int]:
         """What changes from quad to quad: its words, both streams, the furthest one, pieces copied."""
-        return [*self.words(ln.constant(0), blocks), self.even, self.odd, self.top, self.ring.ready_for(self.top)]
+        return [*self.words(ln.constant(0)), self.even, self.odd, self.top, self.ring.ready_for(self.top)]
+
+    def decode_quad(self, state: list[Int], first: Int, consume: Callable[[int, list[Int]], None]) -> list[Int]:
+        """Four blocks from block `first` on, each decoded and consumed before the next; the state after them.
+
+        Their mask words were loaded one quad before: a load that is carried on is waited for.
+        """
+        words, (*before, issued) = state[:QUAD], state[QUAD:]
+        following = self.words(first + QUAD)
+        places = self.places(words, *before)
+        for block, word in enumerate(words):
+            registers, issued = self.decode(word, places[block], places[block + 1][-1], issued)
+            consume(block, registers)
+        return [*following, *places[-1], issued]
 
     def places(self, words: Sequence[Int], even: Int, odd: Int, top: Int) -> list[tuple[Int, Int, Int]]:
         """Both streams and the furthest one before each block of a quad, and after the last."""
@@ -168,14 +210,12 @@ def _multiply_strip(work: Work, strip: Strip, stages: Stages) -> list[Int]:
     is_first, block_bytes = ln.thread().equals(0), work.tiles * X_TILE_BYTES
 
     def multiply_quad(first, place, carry):
-        """Four blocks, whose mask words were loaded one quad before: a load that is carried on is waited for."""
-        words, (*before, issued), sums = carry[:QUAD], carry[QUAD:STATE], carry[STATE:]
-        following = strip.words(first + QUAD, stages.blocks)
-        places = strip.places(words, *before)
-        for block, word in enumerate(words):
-            registers, issued = strip.decode(word, places[block], places[block + 1][-1], issued)
-            sums = warp.multiply_block(sums, registers, place + block * block_bytes, work.tiles, work.dtype)
-        return [*following, *places[-1], issued, *sums]
+        sums = carry[STATE:]
+
+        def multiply(block, registers):
+            sums[:] = warp.multiply_block(sums, registers, place + block * block_bytes, work.tiles, work.dtype)
+
+        return strip.decode_quad(carry[:STATE], first, multiply) + sums
 
     def multiply_stage(stage, carry):
         ln.block_barrier()  # nobody reads the other stage any more
@@ -191,11 +231,11 @@ def _multiply_strip(work: Work, strip: Strip, stages: Stages) -> list[Int]:
 
     with ln.when(is_first):
         stages.copy(ln.constant(0))
-    carry = strip.state(stages.blocks) + [ln.constant(0)] * (REGISTERS * work.tiles)
+    carry = strip.state() + [ln.constant(0)] * (REGISTERS * work.tiles)
     return warp.repeat(stages.count, carry, multiply_stage)[STATE:]
 
 
-def _store(work: Work, block: Int, part: Part, out: Array, sums: list[Int]) -> None:
+def _store_sums(work: Work, block: Int, part: Part, out: Array, sums: list[Int]) -> None:
     """Writes a strip's sums to the block's slot, and zeros to those that no block has where these are its last."""
     lane, columns, strip = ln.thread() % ln.WARP, work.tiles * TILE_N, part.strip(ln.warp())
     slot = block - (part.group * work.sections) // work.units
@@ -215,3 +255,11 @@ def _store(work: Work, block: Int, part: Part, out: Array, sums: list[Int]) -> N
     with ln.when(strip < work.strips):
         write(slot, sums)
         warp.repeat(left, [], write_zeros)
+
+
+def _store_block(work: Work, part: Part, number: Int, out: Array, registers: list[Int]) -> None:
+    """Writes a block of the part, by its number: 16 bytes of a row by the four lanes that have them."""
+    lane, words = ln.thread() % ln.WARP, layout.BLOCK // 2
+    row, word = part.strip(ln.warp()) * layout.STRIP + lane // 4, (part.first_block + number) * words + lane % 4
+    for t, register in enumerate(registers):
+        out.store((row + t % 2 * 8) * (work.blocks * words) + word + t // 2 * 4, register)

@@ -16,7 +16,7 @@ class Work:
 
     Attributes:
         strips, blocks: of the weights; blocks of a strip.
-        tiles: of 8 columns of x.
+        tiles: of 8 columns of x; 0 where there is none.
         config: the tiling.
         units: that a block takes, of sections * groups.
         dtype: "bfloat16" or "float16".
@@ -92,6 +92,14 @@ class Part:
         """How many a block has."""
         start, end = _run(work, block)
         return end // work.sections - start // work.sections + 1
+
+    @property
+    def first_block(self) -> Int:
+        return self.first * layout.SECTION
+
+    @property
+    def blocks(self) -> Int:
+        return ln.minimum(self.last * layout.SECTION, self.work.blocks) - self.first_block
 
     def strip(self, ring: Int) -> Int:
         """The strip of a ring of the block. In the last group there may be none of this number."""

@@ -19,12 +19,10 @@ LAG_PIECES = layout.MAX_LAG // layout.DEPTH
 
 def shared_memory(work: Work) -> dict[str, int]:
     """How many words there are in a block, by name."""
-    stage = work.stage_blocks * work.tiles * X_TILE_BYTES
-    return {
-        "rings": work.config.warps * work.config.ring_bytes // 4,
-        "x": 2 * stage // 4,
-        "barriers": (work.config.warps * work.config.pieces + 2) * warp.BARRIER_BYTES // 4,
-    }
+    rings, more = {"rings": work.config.warps * work.config.ring_bytes // 4}, 0
+    if work.tiles:
+        rings["x"], more = 2 * work.stage_blocks * work.tiles * X_TILE_BYTES // 4, 2
+    return {**rings, "barriers": (work.config.warps * work.config.pieces + more) * warp.BARRIER_BYTES // 4}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -97,19 +95,11 @@ class Stages:
     before: Int
 
     @property
-    def first_block(self) -> Int:
-        return self.part.first * layout.SECTION
-
-    @property
-    def blocks(self) -> Int:
-        return ln.minimum(self.part.last * layout.SECTION, self.work.blocks) - self.first_block
-
-    @property
     def count(self) -> Int:
-        return (self.blocks + (self.work.stage_blocks - 1)) // self.work.stage_blocks
+        return (self.part.blocks + (self.work.stage_blocks - 1)) // self.work.stage_blocks
 
     def quads_of(self, stage: Int) -> Int:
-        left = (self.blocks + (QUAD - 1)) // QUAD - stage * (self.work.stage_blocks // QUAD)
+        left = (self.part.blocks + (QUAD - 1)) // QUAD - stage * (self.work.stage_blocks // QUAD)
         return ln.minimum(left, self.work.stage_blocks // QUAD)
 
     def place(self, stage: Int) -> Int:
@@ -119,7 +109,10 @@ class Stages:
     def copy(self, stage: Int) -> None:
         """Begins the copy of a stage; by one thread of the block."""
         block_bytes = self.work.tiles * X_TILE_BYTES
-        first, size = self.first_block + stage * self.work.stage_blocks, self.quads_of(stage) * (QUAD * block_bytes)
+        first, size = (
+            self.part.first_block + stage * self.work.stage_blocks,
+            self.quads_of(stage) * (QUAD * block_bytes),
+        )
         barrier = self.barriers + ((self.before + stage) % 2) * warp.BARRIER_BYTES
         warp.expect(barrier, size)
         warp.copy(self.x, block_bytes, first, self.place(stage), size, barrier)
