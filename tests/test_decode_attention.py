@@ -223,22 +223,23 @@ def test_work_is_counted_from_the_arguments():
     np.testing.assert_allclose(dense, expected(*whole), atol=1e-6)
 
 
-def traced_attention(*, listed: bool) -> str:
+def traced_attention(*, listed: bool, head_dim: int = 64) -> str:
     """The program of attention to a cache, traced for a GPU."""
 
     def run(q, k, v, filled, tokens, heads):
         places = place_tokens(tokens, cache=KVCache((k,), (v,), filled))
         return attend(q, k, v, places, listed=heads if listed else None)
 
-    shapes = [jax.ShapeDtypeStruct((2, n, 4, 64), jnp.bfloat16) for n in (1, 64, 64)]
+    shapes = [jax.ShapeDtypeStruct((2, n, 4, head_dim), jnp.bfloat16) for n in (1, 64, 64)]
     shapes += [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((2,), (2, 1))]
     with targeting(GPUS[0]):
         return str(jax.make_jaxpr(run)(*shapes, jax.ShapeDtypeStruct((2, 4), bool)))
 
 
-def test_models_decode_by_the_kernel_where_heads_are_listed():
+def test_models_decode_by_the_kernel_where_there_is_one():
     assert "decode_attention" in traced_attention(listed=True)
-    assert "decode_attention" not in traced_attention(listed=False)
+    assert "decode_attention" in traced_attention(listed=False)
+    assert "decode_attention" not in traced_attention(listed=False, head_dim=80)
     with pytest.raises(ValueError, match="only for one token a row behind a cache"):
         q, k = jnp.ones((1, 2, 2, 8)), jnp.ones((1, 2, 2, 8))
         attend(q, k, k, place_tokens(jnp.ones((1, 2), jnp.int32)), listed=jnp.ones((1, 2), bool))

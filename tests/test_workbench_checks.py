@@ -201,7 +201,7 @@ def test_a_candidate_that_does_not_lower_is_named(tmp_path):
     )
 
 
-POKE = ("def _mosaic(", "@plgpu.inline_mgpu()\ndef poke(ctx):\n    del ctx\n\n\ndef _mosaic(")
+POKE = ("@lowered_once()", "@plgpu.inline_mgpu()\ndef poke(ctx):\n    del ctx\n\n\n@lowered_once()")
 
 
 def test_what_jax_does_not_implement_is_a_defect_and_no_reason_to_skip(tmp_path):

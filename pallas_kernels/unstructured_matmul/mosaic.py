@@ -3,7 +3,8 @@
 A lane decodes the 32 elements of a block that are its own by their position among those stored: every element is looked
 at, whatever the density, by one load of 16 bits from a bank that is the lane's own.
 
-Instructions a warp and block of 16 x 64, 32 elements a lane (SASS of 8 columns of x at 80% zeros, counted by ncu):
+Instructions a warp and block of 16 x 64, 32 elements a lane (counted by ncu for 8 columns of x at 80% zeros, in the
+variant with mma):
 
     dp4a (IDP.4A): 30 places, 16 selectors    46    at 64 lanes a clock and SM
     LDS.U16, a bank for each lane             32    at 32
@@ -11,8 +12,8 @@ Instructions a warp and block of 16 x 64, 32 elements a lane (SASS of 8 columns 
     mask words, ring, waits, loop, uniform   ~64
     all                                      182    at 128: 38 us of 28672 x 7168, and 45 with the start and the end
 
-It takes 64: a third of the clocks find no warp that is ready (ncu: 67% of the issue slots are used, no pipe above 60%,
-memory at 2.0 TB/s; at 50% zeros 3.6). Microseconds of 28672 x 7168 at 50% and 80% zeros, weights in memory, for 8 and
+It took 61: a third of the clocks find no warp that is ready (67% of the issue slots are used, memory at 2.0 TB/s; at
+50% zeros 3.6). Microseconds of 28672 x 7168 at 50% and 80% zeros, weights in memory, for 8 and
 for 32 columns of x; the dense product takes 104 and 106 by cuBLAS:
 
     this, 5 pieces a ring                                  74 / 68      87 / 80
