@@ -13,7 +13,9 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from pallas_kernels.grouped_matmul import grouped_matmul
+from pallas_kernels.neuron_ffn.reference import ACTIVATIONS as ACTIVATION_FUNCTIONS
 from pallas_kernels.operands import check_implementation
+from pallas_kernels.unstructured_matmul import EXPAND_N, expand
 from sparsellm.routers import (
     CosineRouter,
     LinearRouter,
@@ -101,8 +103,9 @@ class MixtureOfExperts(nnx.Module):
         def param(shape, axes, init):
             return nnx.Param(init(rngs.params(), shape, param_dtype), **sharded(*axes))
 
-        self.wi = param((experts, d_model, hidden), ("expert", "embed", "ffn"), kernel_init)
-        self.wo = param((experts, d_ff, d_model), ("expert", "ffn", "embed"), kernel_init)
+        # Stacks; or, once `compress` was there, a layer of all experts' neurons each.
+        self.wi: Any = param((experts, d_model, hidden), ("expert", "embed", "ffn"), kernel_init)
+        self.wo: Any = param((experts, d_ff, d_model), ("expert", "ffn", "embed"), kernel_init)
         zeros = nnx.initializers.zeros
         self.wi_bias = param((experts, hidden), ("expert", "ffn"), zeros) if bias else None
         self.wo_bias = param((experts, d_model), ("expert", "embed"), zeros) if bias else None
@@ -142,8 +145,14 @@ class MixtureOfExperts(nnx.Module):
 
     def apply_experts(self, x: Float[Array, "*batch d_model"], router: RouterOutput) -> Float[Array, "*batch d_model"]:
         """The weighted sum of what the experts make of their tokens."""
-        wi, wo = (w[...].astype(self.dtype) for w in (self.wi, self.wo))
-        wi_bias, wo_bias = (None if b is None else b[...].astype(self.dtype) for b in (self.wi_bias, self.wo_bias))
+        if isinstance(self.wi, nnx.Variable):
+            wi, wo = (w[...].astype(self.dtype) for w in (self.wi, self.wo))
+        elif router.ids.shape[0] > EXPAND_N:  # compressed, and too many tokens for every expert
+            wi, wo = expand(self.wi.weights), expand(self.wo.weights).T
+            wi, wo = (w.reshape(self.router.experts, -1, self.d_model) for w in (wi, wo))
+        else:
+            return self._apply_all_experts(x, router)
+        wi_bias, wo_bias = self._biases()
         routing = router.routing
         h = grouped_matmul(
             x.reshape(-1, self.d_model).astype(self.dtype),
@@ -153,6 +162,7 @@ class MixtureOfExperts(nnx.Module):
             gather=True,
             activation=self.activation,
             gated=self.gated,
+            transposed=not isinstance(self.wi, nnx.Variable),  # out of a layer's weights, [out, in]
             implementation=self.implementation,
         )
         scale = router.weights.reshape(-1)[routing.order]
@@ -160,6 +170,31 @@ class MixtureOfExperts(nnx.Module):
         if routing.top_k > 1:
             y = y.reshape(-1, routing.top_k, self.d_model).sum(axis=1, dtype=jnp.float32).astype(self.dtype)
         return y.reshape(x.shape)
+
+    def _apply_all_experts(self, x: Float[Array, "*batch d_model"], router: RouterOutput):
+        """By compressed experts: as one block of all their neurons, where those of other experts are zero.
+
+        Every expert is read, which few tokens may not need; but once, by two products for all of them.
+        """
+        chosen = jax.nn.one_hot(router.ids, self.router.experts, dtype=jnp.float32) * router.kept[..., None].astype(
+            jnp.float32
+        )
+        weights = jnp.where(chosen > 0, router.weights[..., None], 0).sum(axis=1)  # a choice that is dropped may be NaN
+        wi_bias, wo_bias = self._biases()
+        h = self.wi(x.reshape(-1, self.d_model)).reshape(len(weights), self.router.experts, -1).astype(jnp.float32)
+        h = h if wi_bias is None else h + wi_bias[None].astype(jnp.float32)
+        gate, *up = jnp.split(h, 2, axis=2) if self.gated else [h]
+        h = ACTIVATION_FUNCTIONS[self.activation](gate)
+        h = h * up[0] if up else h
+        h = jnp.where(chosen.any(axis=1)[..., None], h * weights[..., None], 0)  # NaN stays within its expert
+        y = self.wo(h.astype(self.dtype).reshape(len(weights), -1))
+        if wo_bias is not None:
+            y = y + jnp.dot(weights, wo_bias.astype(jnp.float32), precision=lax.Precision.HIGHEST).astype(y.dtype)
+        return y.reshape(x.shape)
+
+    def _biases(self) -> tuple[Array | None, Array | None]:
+        wi_bias, wo_bias = (None if b is None else b[...].astype(self.dtype) for b in (self.wi_bias, self.wo_bias))
+        return wi_bias, wo_bias
 
     def _check(self, x: Array, mask: Array | None) -> None:
         if x.ndim < 1 or x.shape[-1] != self.d_model:

@@ -19,6 +19,7 @@ from safetensors.numpy import load_file, save_file
 
 from models import OPT, Mixtral, MixtralConfig, OPTConfig, load_mixtral, load_opt, save_hf, save_mixtral, save_opt
 from sparsellm.generation import generate
+from sparsellm.mixture_of_experts import LinearRouter, MixtureOfExperts, RouterRule
 from sparsellm.pruning import METHODS, prune
 from sparsellm.unstructured import Treatment, UnstructuredLinear, check_layers, compress, compressed_layers
 
@@ -178,9 +179,69 @@ def test_heads_are_left_alone_and_so_are_layers_of_other_kinds():
     )
 
 
-def test_experts_are_refused_by_name():
-    with pytest.raises(ValueError, match="experts stay dense.*for layers.0.block_sparse_moe.wi"):
+def test_experts_are_compressed_only_if_asked_for():
+    with pytest.raises(ValueError, match="experts stay dense unless.*for layers.0.block_sparse_moe.wi"):
         compress(make(MIXTRAL_TINY), [("block_sparse_moe", Treatment())])
+
+
+def experts(activation: str, gated: bool, bias: bool, **rule: Any) -> MixtureOfExperts:
+    """Some of whose weights are zero, whatever their router's."""
+    router = LinearRouter(12, 5, RouterRule(**{"top_k": 2, "weights": "softmax"} | rule), rngs=nnx.Rngs(0))
+    layer = MixtureOfExperts(12, 10, router, activation=activation, gated=gated, bias=bias, rngs=nnx.Rngs(1))
+    rng = np.random.default_rng(2)
+    for name in ("wi", "wo"):
+        stack = getattr(layer, name)[...]
+        getattr(layer, name)[...] = jnp.where(rng.random(stack.shape) < 0.4, stack, 0)
+    for name in ("wi_bias", "wo_bias") if bias else ():
+        getattr(layer, name)[...] = jnp.asarray(rng.normal(size=getattr(layer, name).shape), jnp.float32)
+    return layer
+
+
+@pytest.mark.parametrize("tokens", [1, 9, 130])
+@pytest.mark.parametrize(
+    ("activation", "gated", "bias", "rule"),
+    [("silu", True, False, {}), ("gelu", False, True, {"top_k": 1}), ("relu", True, True, {"capacity_factor": 0.5})],
+)
+def test_compressed_experts_give_what_the_stacks_give(activation, gated, bias, rule, tokens):
+    """Few tokens through all experts at once, many through their own; padding and dropped choices too."""
+    layer = experts(activation, gated, bias, **rule)
+    x = jax.random.normal(jax.random.key(3), (tokens, 12))
+    mask = jnp.arange(tokens) != 4
+    expected, rows = layer(x, mask), []
+    compress(layer, experts=True, report=rows.append)
+    assert isinstance(layer.wi, UnstructuredLinear) and isinstance(layer.wo, UnstructuredLinear)
+    assert rows[-1]["layer"] == "" and rows[-1]["density"] == pytest.approx(0.4, abs=0.05)
+    np.testing.assert_allclose(layer(x, mask), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("tokens", [12, 130])
+def test_nan_stays_with_the_tokens_of_its_compressed_expert(tokens):
+    layer = experts("silu", True, False)
+    stack = layer.wi[...]
+    layer.wi[...] = stack.at[3, 0, 0].set(jnp.nan)
+    x = jax.random.normal(jax.random.key(3), (tokens, 12))
+    expected = layer(x)
+    compress(layer, experts=True)
+    assert 0 < np.isnan(expected).any(axis=1).sum() < tokens
+    np.testing.assert_array_equal(np.isnan(layer(x)).any(axis=1), np.isnan(expected).any(axis=1))
+
+
+@pytest.mark.parametrize("form", ["orbax", "safetensors"])
+def test_a_mixtral_with_compressed_experts_comes_back(form, tmp_path):
+    model = zero_some(make(MIXTRAL_TINY))
+    for layer in model.layers:
+        for name in ("wi", "wo"):
+            stack = getattr(layer.block_sparse_moe, name)
+            stack[...] = jnp.where(np.random.default_rng(0).random(stack.shape) < 0.4, stack[...], 0)
+    expected = outputs(model)
+    compress(model, experts=True)
+    assert len(list(compressed_layers(model))) == 2 * (4 + 2)
+    np.testing.assert_allclose(outputs(model), expected, atol=1e-5 * np.abs(expected).max())
+    SAVE[form]["mixtral"](model, tmp_path / "a")
+    loaded = load_mixtral(tmp_path / "a")
+    np.testing.assert_array_equal(outputs(loaded), outputs(model))
+    with pytest.raises(ValueError, match="select must be found in the path of some kernel"):  # there is none any more
+        prune(loaded, METHODS["magnitude"], sparsity=0.5)
 
 
 def test_kernels_that_the_sparse_feed_forward_block_reads_are_refused():
@@ -369,6 +430,7 @@ import jax, numpy as np
 from flax import nnx
 from models import OPT, OPTConfig, save_opt
 from sparsellm.generation import generate
+from sparsellm.mixture_of_experts import LinearRouter, MixtureOfExperts, RouterRule
 from sparsellm.sharding import abstract_model
 from sparsellm.unstructured import Treatment, compress, compressed_layers
 

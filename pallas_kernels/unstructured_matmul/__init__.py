@@ -21,7 +21,8 @@ from jaxtyping import Array, Float
 from pallas_kernels import tuning
 from pallas_kernels.operands import check_implementation, vary_together
 from pallas_kernels.unstructured_matmul.cases import CASES, peers, work
-from pallas_kernels.unstructured_matmul.config import Config, candidates, check_config, check_support
+from pallas_kernels.unstructured_matmul.config import EXPAND_N, Config, candidates, check_config, check_support
+from pallas_kernels.unstructured_matmul.mosaic import expand as mosaic_expand
 from pallas_kernels.unstructured_matmul.mosaic import mosaic
 from pallas_kernels.unstructured_matmul.reference import ACTIVATIONS, finish, reference, xla
 from pallas_kernels.unstructured_matmul.weights import UnstructuredWeights
@@ -31,9 +32,11 @@ DEVICES = ("NVIDIA H100", "NVIDIA H200")
 __all__ = [
     "CASES",
     "DEVICES",
+    "EXPAND_N",
     "Config",
     "UnstructuredWeights",
     "candidates",
+    "expand",
     "peers",
     "reference",
     "unstructured_matmul",
@@ -108,6 +111,38 @@ def unstructured_matmul(
     x, bias, rows = vary_together(x, bias, weights.rows)
     weights = dataclasses.replace(weights, rows=rows)
     return _unstructured_matmul(weights, x, bias, activation, config, implementation)
+
+
+def expand(weights: UnstructuredWeights, *, implementation: str | None = None) -> Float[Array, "out in"]:
+    """The matrix again, as `weights.to_dense()`, but quickly on a GPU.
+
+    Args:
+        weights: W [out, in].
+        implementation: as of `unstructured_matmul`.
+
+    Raises:
+        NotImplementedError: the asked implementation cannot take these weights or this device.
+    """
+    check_implementation(implementation)
+    x = jax.ShapeDtypeStruct((weights.shape[1], EXPAND_N + 1), weights.dtype)  # what would have them expanded
+
+    def check(config: Config | None) -> None:
+        del config
+        check_support(weights, x, None if implementation == "interpret" else DEVICES)
+
+    config = tuning.choose_config(
+        "unstructured_matmul",
+        Config,
+        (weights, x, None, None),
+        None,
+        implementation,
+        check=check,
+        candidates=candidates,
+    )
+    if config is None or not weights.masks.size:
+        return weights.to_dense()
+    with jax.enable_x64(False):  # as above
+        return mosaic_expand(weights, config, interpret=implementation == "interpret")
 
 
 def _check_arguments(weights, x, bias, activation: str | None) -> None:

@@ -175,6 +175,7 @@ def multiply(
     return functools.reduce(jnp.add, slots)[: weights.shape[0], : x.shape[1]]
 
 
+@lowered_once()
 def expand(weights: UnstructuredWeights, config: Config, interpret: bool) -> Float[Array, "out in"]:
     """The dense matrix."""
     work = divide(weights, 0, config, _blocks(interpret))

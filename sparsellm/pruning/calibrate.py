@@ -60,11 +60,17 @@ def find_kernels(block: nnx.Module, prefix: str, select: str) -> dict[str, nnx.P
     """
     found = {}
     for path, module in nnx.iter_modules(block):
-        for kernel in KERNELS.get(type(module), ()):
+        for kernel in _kernel_names(module):
             name = ".".join(map(str, (prefix, *path, kernel)))
             if re.search(select, name):
                 found[name] = getattr(module, kernel)
     return found
+
+
+def _kernel_names(module: nnx.Module) -> tuple[str, ...]:
+    """Of what can be pruned: not of compressed experts."""
+    names = KERNELS.get(type(module), ())
+    return names if all(isinstance(getattr(module, name), nnx.Variable) for name in names) else ()
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -74,7 +80,7 @@ def sum_inputs(
     """What the kernels `names`, by paths within the block, see in one call of it."""
     block = nnx.merge(graphdef, state)
     for _, module in list(nnx.iter_modules(block)):
-        if type(module) in RECORDED:
+        if _kernel_names(module):
             module.__class__ = RECORDED[type(module)]  # of a copy that lives for this trace
     _, captured = nnx.capture(block, nnx.Intermediate)(*arguments)
     seen = {".".join(map(str, path)): value for path, value in nnx.to_flat_state(captured)}

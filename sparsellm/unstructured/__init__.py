@@ -3,8 +3,8 @@
     prune(model, WANDA, sparsity=0.7, windows=windows)
     compress(model)
 
-puts an `UnstructuredLinear` in the place of every `nnx.Linear` that is worth it. The rest of the model stays as it is,
-code included; it generates, is saved and loaded as before.
+puts an `UnstructuredLinear` in the place of every `nnx.Linear` that is worth it, with `experts=True` of the stacks of
+experts too. The rest of the model stays as it is, code included; it generates, is saved and loaded as before.
 """
 
 from sparsellm.unstructured.layouts import check_layers, compressed_layers, layouts, with_layouts

@@ -9,7 +9,7 @@ from flax import nnx
 
 from pallas_kernels.unstructured_matmul import UnstructuredWeights
 from sparsellm.unstructured.linear import PARTS, UnstructuredLinear
-from sparsellm.unstructured.rules import Row, linears, replace
+from sparsellm.unstructured.rules import Row, linears, mixtures, replace, stack_shapes
 
 
 def layouts(model: nnx.Module) -> dict[str, Row]:
@@ -39,18 +39,25 @@ def with_layouts[M: nnx.Module](model: M, found: dict[str, Row], where: Any) -> 
     Raises:
         ValueError: they are not those of this model, or damaged.
     """
-    known = dict(linears(model))
+    known: dict[str, tuple[tuple[int, int], Any, Any]] = {  # shape [out, in], dtype, bias
+        name: ((linear.out_features, linear.in_features), linear.dtype, linear.bias) for name, linear in linears(model)
+    }
+    for name, layer in mixtures(model):
+        shapes = stack_shapes(layer)
+        known |= {f"{name}.{part}": (shape, layer.dtype, None) for part, shape in shapes.items()}
+        if len({f"{name}.{part}" in found for part in shapes}) > 1:
+            raise ValueError(f"both stacks of experts in {where} must be compressed, or none; got one of {name}")
     for name, layout in found.items():
         if name not in known:
             raise ValueError(f"compressed layers in {where} must be linear layers of the model; got {name}")
-        linear, weights = known[name], _empty_weights(layout, f"layout of compressed layer {name} in {where}")
-        if tuple(weights.shape) != (linear.out_features, linear.in_features):
-            wanted = (linear.out_features, linear.in_features)
+        (wanted, dtype, bias), what = known[name], f"layout of compressed layer {name} in {where}"
+        weights = _empty_weights(layout, what)
+        if tuple(weights.shape) != wanted:
             raise ValueError(f"compressed layer {name} in {where} must be of shape {wanted}; got {weights.shape}")
-        if weights.dtype != linear.dtype:
+        if weights.dtype != dtype:
             rule = f"compressed weights stay in the dtype they were saved in: load {where} with dtype={weights.dtype}"
-            raise ValueError(f"{rule}; got {linear.dtype}")
-        replace(model, name, UnstructuredLinear(weights, linear.bias))
+            raise ValueError(f"{rule}; got {dtype}")
+        replace(model, name, UnstructuredLinear(weights, bias))
     return model
 
 

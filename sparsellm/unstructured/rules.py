@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array
 
+from pallas_kernels.unstructured_matmul import UnstructuredWeights
 from pallas_kernels.unstructured_matmul.weights import VALUE_DTYPES
 from sparsellm.mixture_of_experts import MixtureOfExperts
 from sparsellm.pruning.calibrate import check_layout
@@ -18,6 +19,12 @@ from sparsellm.unstructured.linear import UnstructuredLinear
 
 # The share of non-zeros from which on dense products are taken to be as quick: experiments/unstructured_spmm.py.
 BREAK_EVEN = 0.6
+
+# How [experts, in, out] become weights [out, in] of one layer: all experts' neurons are its outputs, or its inputs.
+STACKS: dict[str, Callable[[Array], Array]] = {
+    "wi": lambda stack: stack.transpose(0, 2, 1).reshape(-1, stack.shape[1]),
+    "wo": lambda stack: stack.reshape(-1, stack.shape[2]).T,
+}
 
 type Row = dict[str, Any]
 
@@ -47,7 +54,9 @@ type Rules = Sequence[tuple[str, Treatment | None]]
 EVERYWHERE: Rules = (("", Treatment()),)
 
 
-def compress[M: nnx.Module](model: M, rules: Rules = EVERYWHERE, *, report: Callable[[Row], None] | None = None) -> M:
+def compress[M: nnx.Module](
+    model: M, rules: Rules = EVERYWHERE, *, experts: bool = False, report: Callable[[Row], None] | None = None
+) -> M:
     """Compresses the linear layers of a model in place, one after the other; each frees its dense kernel.
 
     A kernel is freed once nobody else holds it. By the bytes of the format, OPT-30B in bfloat16 at 70% takes 56 GiB
@@ -59,9 +68,12 @@ def compress[M: nnx.Module](model: M, rules: Rules = EVERYWHERE, *, report: Call
 
     Args:
         model: any. `nnx.Linear` are compressed: those of its blocks, `model.layers`, if it has such. As for `prune`,
-            embeddings, heads and routers are left alone; the experts of a `MixtureOfExperts` stay dense too.
+            embeddings, heads and routers are left alone.
         rules: for each layer the first rule counts whose regular expression is found in its path, as in "fc1$" for
             layers.0.fc1: how to treat it, or None to leave it alone, as a layer without any rule is.
+        experts: whether the stacks of a `MixtureOfExperts` are compressed too, both under the path of the layer. All
+            experts are read then, once, for up to 128 tokens together: that pays where most of them are chosen, as by
+            8 texts of Mixtral, and not with hundreds of experts. For more tokens both are made dense for the while.
         report: called for every layer that has a treatment with its `layer` (path), `density`, `bytes` as it is now
             and `dense_bytes`.
 
@@ -69,31 +81,54 @@ def compress[M: nnx.Module](model: M, rules: Rules = EVERYWHERE, *, report: Call
         The model.
 
     Raises:
-        ValueError: a rule fits no linear layer, or a layer that other code multiplies by, or a layer is neuron-major;
-            raised before anything is changed. Or a kernel is cut along both dimensions.
+        ValueError: a rule fits no linear layer, or a layer that other code multiplies by, or a layer is neuron-major,
+            or experts are cut over devices; raised before anything is changed. Or a kernel is cut along both
+            dimensions.
     """
     for pattern, treatment in rules:
         if not _is_pattern(pattern) or not (treatment is None or isinstance(treatment, Treatment)):
             rule = "a rule must be a regular expression and a treatment or None"
             raise ValueError(f"{rule}; got {pattern!r}, {treatment!r}")
     check_layout(model)
-    treatments = {name: _treatment(name, rules) for name, _ in linears(model)}
+    found = dict(linears(model)) | (dict(mixtures(model)) if experts else {})
+    treatments = {name: _treatment(name, rules) for name in found}
     _check_rules(model, rules, treatments)
+    del found
     for name, treatment in treatments.items():
         if treatment is None:
             continue
-        linear = _get(model, name)
-        kernel = linear.kernel[...]
-        density = int(_count(kernel)) / max(kernel.size, 1)
-        row = {"layer": name, "density": density, "bytes": kernel.nbytes, "dense_bytes": kernel.nbytes}
+        kernels = _kernels(_get(model, name))
+        density = sum(int(_count(kernel)) for kernel in kernels) / max(sum(kernel.size for kernel in kernels), 1)
+        dense_bytes = sum(kernel.nbytes for kernel in kernels)
+        del kernels
+        row = {"layer": name, "density": density, "bytes": dense_bytes, "dense_bytes": dense_bytes}
         if density <= treatment.max_density:
-            layer = UnstructuredLinear.from_linear(linear, name, treatment.value_dtype)
-            replace(model, name, layer)
-            row["bytes"] = layer.weights.nbytes
-        del linear, kernel
+            row["bytes"] = _compress_one(model, name, treatment.value_dtype)
         if report:
             report(row)
     return model
+
+
+def _kernels(layer: Any) -> list[Array]:
+    """The kernel of a linear layer, or the stacks of a mixture."""
+    return [layer.kernel[...]] if isinstance(layer, nnx.Linear) else [getattr(layer, part)[...] for part in STACKS]
+
+
+def _compress_one(model: Any, name: str, value_dtype: str | None) -> int:
+    """Puts what is compressed in place of a layer, or of a mixture's stacks; its bytes."""
+    layer = _get(model, name)
+    if isinstance(layer, nnx.Linear):
+        compressed = UnstructuredLinear.from_linear(layer, name, value_dtype)
+        replace(model, name, compressed)
+        return compressed.weights.nbytes
+    total = 0
+    for part, into_rows in STACKS.items():
+        stack = getattr(layer, part)[...].astype(layer.dtype)
+        weights = UnstructuredWeights.from_dense(into_rows(stack), value_dtype)
+        del stack
+        setattr(layer, part, UnstructuredLinear(weights, None))
+        total += weights.nbytes
+    return total
 
 
 def linears(model: nnx.Module) -> Iterator[tuple[str, nnx.Linear]]:
@@ -102,6 +137,19 @@ def linears(model: nnx.Module) -> Iterator[tuple[str, nnx.Linear]]:
     for path, module in list(nnx.iter_modules(model)):
         if type(module) is nnx.Linear and (not has_blocks or path[0] == "layers"):
             yield ".".join(map(str, path)), module
+
+
+def mixtures(model: nnx.Module) -> Iterator[tuple[str, MixtureOfExperts]]:
+    """The mixtures of experts whose stacks can be compressed, by their paths."""
+    for path, module in list(nnx.iter_modules(model)):
+        if isinstance(module, MixtureOfExperts) and isinstance(module.wi, nnx.Variable):
+            yield ".".join(map(str, path)), module
+
+
+def stack_shapes(layer: MixtureOfExperts) -> dict[str, tuple[int, int]]:
+    """Of the weights, [out, in], that the stacks of a mixture become."""
+    (experts, d_model, hidden), d_ff = layer.wi.shape, layer.wo.shape[1]
+    return {"wi": (experts * hidden, d_model), "wo": (d_model, experts * d_ff)}
 
 
 def _get(model: Any, name: str) -> Any:
@@ -127,15 +175,19 @@ def _is_pattern(text: Any) -> bool:
 
 
 def _check_rules(model: Any, rules: Rules, treatments: dict[str, Treatment | None]) -> None:
-    experts = [path for path, module in nnx.iter_modules(model) if isinstance(module, MixtureOfExperts)]
-    experts = [".".join(map(str, (*path, part))) for path in experts for part in ("wi", "wo")]
+    stacks = {f"{name}.{part}": layer for name, layer in mixtures(model) for part in STACKS}
     for pattern, treatment in rules:
         if treatment is None or any(re.search(pattern, name) for name in treatments):
             continue
-        if stacks := [name for name in experts if re.search(pattern, name)]:
-            raise ValueError(f"experts stay dense, only linear layers are compressed; got {pattern!r} for {stacks[0]}")
+        if named := [name for name in stacks if re.search(pattern, name)]:
+            rule = "experts stay dense unless compress(experts=True) asks for them, and go by the path of their layer"
+            raise ValueError(f"{rule}; got {pattern!r} for {named[0]}")
         known = ", ".join(treatments) or "none"
         raise ValueError(f"a rule must be found in the path of some linear layer ({known}); got {pattern!r}")
+    for name, layer in stacks.items():
+        stack = getattr(layer, name.rpartition(".")[2])[...]
+        if treatments.get(name.rpartition(".")[0]) and not stack.sharding.is_fully_replicated:
+            raise ValueError(f"experts that are cut over devices stay dense; got {stack.sharding} of {name}")
     for name, treatment in treatments.items():
         block = _get(model, name.rpartition(".")[0])
         own_kernels = [key for key in ("sparse_rows", "predictor") if getattr(block, key, None) is not None]
