@@ -70,7 +70,9 @@ CASES = (
         dtypes=HALF,
         small=True,
     ),
-    _case("two chunks of list", length=300, width=256, n=72, rows=128, densities=(0.95,), dtypes=HALF, small=True),
+    _case(
+        "two chunks of list", length=300, width=256, n=72, rows=128, densities=(0.95,), dtypes=HALF
+    ),  # of the xla path
     _case("rows 32", length=40, width=96, n=72, rows=32, densities=(0.7,), small=True),
     _case("whole rows", length=100, width=192, n=136, rows=192, densities=(0.5,), dtypes=HALF, small=True),
     _case("nothing listed", length=64, width=128, n=64, rows=64, densities=(0.0,), dtypes=HALF, small=True),
