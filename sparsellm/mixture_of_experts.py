@@ -174,19 +174,18 @@ class MixtureOfExperts(nnx.Module):
     def _apply_all_experts(self, x: Float[Array, "*batch d_model"], router: RouterOutput):
         """By compressed experts: as one block of all their neurons, where those of other experts are zero.
 
-        Every expert is read, which few tokens may not need; but once, by two products for all of them.
+        Every expert is read, which few tokens may not need; but once, by two products for all of them. What is not
+        finite among the weights of wo reaches every token, as zeros are multiplied by it too.
         """
-        chosen = jax.nn.one_hot(router.ids, self.router.experts, dtype=jnp.float32) * router.kept[..., None].astype(
-            jnp.float32
-        )
-        weights = jnp.where(chosen > 0, router.weights[..., None], 0).sum(axis=1)  # a choice that is dropped may be NaN
+        chosen = jax.nn.one_hot(router.ids, self.router.experts, dtype=jnp.bool) & router.kept[..., None]
+        weights = jnp.where(chosen, router.weights[..., None], 0).sum(axis=1)  # a choice that is dropped may be NaN
         wi_bias, wo_bias = self._biases()
         h = self.wi(x.reshape(-1, self.d_model)).reshape(len(weights), self.router.experts, -1).astype(jnp.float32)
         h = h if wi_bias is None else h + wi_bias[None].astype(jnp.float32)
         gate, *up = jnp.split(h, 2, axis=2) if self.gated else [h]
         h = ACTIVATION_FUNCTIONS[self.activation](gate)
         h = h * up[0] if up else h
-        h = jnp.where(chosen.any(axis=1)[..., None], h * weights[..., None], 0)  # NaN stays within its expert
+        h = jnp.where(chosen.any(axis=1)[..., None], h * weights[..., None], 0)  # NaN of wi stays within its expert
         y = self.wo(h.astype(self.dtype).reshape(len(weights), -1))
         if wo_bias is not None:
             y = y + jnp.dot(weights, wo_bias.astype(jnp.float32), precision=lax.Precision.HIGHEST).astype(y.dtype)

@@ -226,6 +226,16 @@ def test_nan_stays_with_the_tokens_of_its_compressed_expert(tokens):
     np.testing.assert_array_equal(np.isnan(layer(x)).any(axis=1), np.isnan(expected).any(axis=1))
 
 
+def test_nan_of_a_second_stack_reaches_few_tokens_all_and_many_by_their_expert():
+    layer = experts("silu", True, False)
+    layer.wo[...] = layer.wo[...].at[3, 0, 0].set(jnp.nan)
+    x = jax.random.normal(jax.random.key(3), (130, 12))
+    expected = layer(x)
+    compress(layer, experts=True)
+    np.testing.assert_array_equal(np.isnan(layer(x)).any(axis=1), np.isnan(expected).any(axis=1))
+    assert 0 < np.isnan(expected).any(axis=1).sum() < 130 and np.isnan(layer(x[:12])).any(axis=1).all()
+
+
 @pytest.mark.parametrize("form", ["orbax", "safetensors"])
 def test_a_mixtral_with_compressed_experts_comes_back(form, tmp_path):
     model = zero_some(make(MIXTRAL_TINY))

@@ -83,8 +83,8 @@ def unstructured_matmul(
         bias: of each row of the result, of that dtype, or None.
         activation: None, "relu", "gelu", "gelu_tanh" or "silu".
         config: tiling of the Mosaic kernels; None takes the tuned one, or a heuristic.
-        implementation: "mosaic_gpu" (Hopper, 16-bit values), "xla" (anywhere), "interpret" (the
-            Mosaic kernel on CPU under the race detector, slow), or None: the Mosaic kernel where it can run, else xla.
+        implementation: "mosaic_gpu" (Hopper, 16-bit values), "xla" (anywhere), "interpret" (the Mosaic kernels on CPU
+            under the race detector, slow), or None: the Mosaic kernels where they can run, else xla.
 
     Raises:
         ValueError: shapes, dtypes, `activation` or config do not fit together.

@@ -74,6 +74,7 @@ def compress[M: nnx.Module](
         experts: whether the stacks of a `MixtureOfExperts` are compressed too, both under the path of the layer. All
             experts are read then, once, for up to 128 tokens together: that pays where most of them are chosen, as by
             8 texts of Mixtral, and not with hundreds of experts. For more tokens both are made dense for the while.
+            Among so few, what is not finite in an expert's second stack reaches the tokens of other experts as well.
         report: called for every layer that has a treatment with its `layer` (path), `density`, `bytes` as it is now
             and `dense_bytes`.
 
