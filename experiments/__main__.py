@@ -34,12 +34,14 @@ class RunOptions:
         smoke: defaults for a run of seconds, to see that it works.
         fresh: start a new run even where an unfinished one with the same config could be continued.
         keep: keep the rows as this device's result, under experiments/results/<device>/.
+        variant: a word that names this result among several of the experiment; it is kept beside the one without.
         runs: the folder where runs are left.
     """
 
     smoke: bool = False
     fresh: bool = False
     keep: bool = False
+    variant: str = ""
     runs: Path = Path("runs")
 
 
@@ -114,12 +116,14 @@ def _execute(module: ModuleType, arguments: Sequence[str]) -> int:
     )
     if chosen.options.smoke and chosen.options.keep:
         raise ValueError("--keep keeps a result worth quoting, which --smoke is not: leave one of them out")
+    if not (chosen.options.variant + "_").isidentifier() or (chosen.options.variant and not chosen.options.keep):
+        raise ValueError(f"--variant takes a word, with --keep; got {chosen.options.variant!r}")
     with Run.start(name, chosen.config, root=chosen.options.runs, fresh=chosen.options.fresh) as run:
         print(f"{'going on with' if run.continued else 'starting'} {run.folder}", flush=True)
         rows = module.run(chosen.config, run)
         run.finish(rows)
         if chosen.options.keep:
-            print(f"kept {run.keep(rows, command=f'{prog} {shlex.join(arguments)}')}")
+            print(f"kept {run.keep(rows, command=f'{prog} {shlex.join(arguments)}', variant=chosen.options.variant)}")
     return 0
 
 

@@ -17,6 +17,7 @@ on the way back: `accumulate` divides that, should another size not fit.
 """
 
 import dataclasses
+import json
 import math
 import shutil
 import statistics
@@ -64,6 +65,7 @@ class Config:
         wikitext: a text with a row a line, to measure perplexity on by the published recipe; to compare with published
             ones, it takes OPT's tokenizer.
         sst2: a table with the columns sentence and label, for the zero-shot probe.
+        against: the folder of another run on the same text, whose held-out perplexity this one's is compared with.
         held_out: the fraction of documents to hold out.
         checkpoint_steps: steps from one checkpoint to the next.
         dtype: what is computed in; parameters and their sums are float32.
@@ -85,6 +87,7 @@ class Config:
     l1: tuple[float, ...] = ()
     wikitext: Path | None = None
     sst2: Path | None = None
+    against: Path | None = None
     held_out: float = 0.05
     checkpoint_steps: int = 200
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
@@ -115,6 +118,7 @@ def run(config: Config, run: Run) -> list[Row]:
     for path in (config.wikitext, config.sst2):
         if path is not None and not path.is_file():
             raise FileNotFoundError(f"a text to evaluate on must be a file; there is no {path}")
+    other = compared(config)
     model_config(config, config.vocabulary)  # what is wrong with it shows before the corpus is read
     with language_models.compiled_in(run.folder / "compiled"):
         console = Console()
@@ -143,11 +147,24 @@ def run(config: Config, run: Run) -> list[Row]:
         save_opt(model, run.folder / "model", overwrite=True)
         data.tokenizer.save(run.folder / "model")
         speed = step_speed(metrics, config.batch * config.length, flops, None if gpu is None else gpu.flops)
-        rows = [describe(config, model, data, metrics) | speed | qualities(config, model, data), *step_rows(metrics)]
+        rows = [
+            describe(config, model, data, metrics) | speed | qualities(config, model, data) | other,
+            *step_rows(metrics),
+        ]
     shutil.rmtree(run.folder / "compiled", ignore_errors=True)
     run.show(*readme({"rows": rows}))
     print(f"\nThe model is in {run.folder}/model: --source {run.folder}")
     return rows
+
+
+def compared(config: Config) -> Row:
+    """The held-out perplexity of the run to compare with, if there is one."""
+    if config.against is None:
+        return {}
+    path = config.against / "rows.jsonl"
+    if not path.is_file():
+        raise FileNotFoundError(f"a run to compare with must be the folder of a finished one; there is no {path}")
+    return {"against_perplexity": json.loads(path.read_text().partition("\n")[0])["perplexity"]}
 
 
 def training_config(config: Config) -> training.TrainConfig:
@@ -267,6 +284,7 @@ def readme(result: dict[str, Any]) -> tuple[str, dict[str, bytes]]:
     shown = {
         "training loss": f"{summary['loss']:.3f}",
         "held-out perplexity": f"{summary['perplexity']:.2f}",
+        "that of the compared run": f"{summary.get('against_perplexity', math.nan):.2f}",
         "bits a byte": f"{summary['bits_per_byte']:.3f}",
         "next-token accuracy": f"{summary['accuracy']:.1%}",
         "WikiText-2 perplexity": f"{summary.get('wikitext_perplexity', math.nan):.2f}",
@@ -276,8 +294,8 @@ def readme(result: dict[str, Any]) -> tuple[str, dict[str, bytes]]:
     table = markdown_table([[value.replace("nan%", "–").replace("nan", "–") for value in shown.values()]], list(shown))
     losses = [row["loss"] for row in steps]
     return f"{head}\n\n{table}", {
-        "loss.png": figures.draw(lambda axes: figures.loss_curve(axes, losses, summary["held_out_loss"])),
-        "density.png": figures.draw(lambda axes: _plot_density(axes, steps)),
+        "pretrain_loss.png": figures.draw(lambda axes: figures.loss_curve(axes, losses, summary["held_out_loss"])),
+        "pretrain_density.png": figures.draw(lambda axes: _plot_density(axes, steps)),
     }
 
 

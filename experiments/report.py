@@ -4,8 +4,9 @@
     python -m experiments report --check    fail if README is stale
 
 A block `<!-- report:NAME -->` ... `<!-- /report:NAME -->` of README holds the kept results of the experiment NAME, one
-for each device. An experiment that defines `readme(result) -> (markdown, figures)`, with figures a dict of file name
-to bytes, decides what to show and how; for any other, the rows are shown as one table. Long tables are folded.
+for each device and variant (`--keep --variant WORD`), whose figures' names begin with it. An experiment that defines
+`readme(result) -> (markdown, figures)`, with figures a dict of file name to bytes, decides what to show and how; for
+any other, the rows are shown as one table. Long tables are folded.
 """
 
 import ast
@@ -75,10 +76,11 @@ def render(readme: str, results: Path, root: Path) -> tuple[str, dict[Path, byte
 
     def block(match: re.Match[str]) -> str:
         parts = []
-        for (device, experiment), result in kept.items():
+        for (device, name), result in kept.items():
+            experiment, dot, variant = name.partition(".")
             if experiment == match[2]:
                 markdown, drawn = _show(experiment, result)
-                paths = {results / device / name: content for name, content in drawn.items()}
+                paths = {results / device / f"{variant}{dot and '_'}{file}": drawn[file] for file in drawn}
                 images = [f"![{p.stem.replace('_', ' ')}]({p.relative_to(root, walk_up=True)})\n" for p in paths]
                 figures.update(paths)
                 parts.append("\n".join([_caption(result), *images, _folded(markdown + "\n")]))

@@ -2,7 +2,7 @@
 
 A run is the folder `runs/<experiment>/<time>/`: config.json when it starts, whatever the experiment leaves on the way
 (checkpoints/ for as long as it can be continued), and rows.jsonl when it is finished. A result worth quoting is
-`experiments/results/<device>/<experiment>.json`.
+`experiments/results/<device>/<experiment>.json`, or `<experiment>.<variant>.json` for one more of the same experiment.
 """
 
 import dataclasses
@@ -99,8 +99,15 @@ class Run:
             shutil.rmtree(self.folder)  # refused before it did anything: nothing to continue
         self._lock.close()
 
-    def keep(self, rows: Sequence[Row], *, command: str, results: Path = RESULTS) -> Path:
-        """Keeps the rows as the result of this experiment on this device, in place of an earlier one."""
+    def keep(self, rows: Sequence[Row], *, command: str, variant: str = "", results: Path = RESULTS) -> Path:
+        """Keeps the rows as the result of this experiment on this device, in place of an earlier one.
+
+        Args:
+            rows: of the result.
+            command: that made them.
+            variant: a word for a result that is kept beside the experiment's own, of other options.
+            results: the folder of the kept results.
+        """
         result = {
             "experiment": self.experiment,
             "device": jax.devices()[0].device_kind,
@@ -112,7 +119,8 @@ class Run:
         }
         lines = json.dumps({**result, "rows": []}, indent=2).removesuffix("[]\n}")
         body = ",\n    ".join(json.dumps(row) for row in rows)  # a row a line: a new result shows as a readable diff
-        return write_atomically(results / device_slug() / f"{self.experiment}.json", f"{lines}[\n    {body}\n  ]\n}}\n")
+        name = f"{self.experiment}.{variant}" if variant else self.experiment
+        return write_atomically(results / device_slug() / f"{name}.json", f"{lines}[\n    {body}\n  ]\n}}\n")
 
 
 def write_atomically(path: Path, content: str | bytes) -> Path:
@@ -128,7 +136,7 @@ def write_atomically(path: Path, content: str | bytes) -> Path:
 
 
 def read_results(results: Path = RESULTS) -> dict[tuple[str, str], dict[str, Any]]:
-    """Every kept result by (device folder, experiment)."""
+    """Every kept result by (device folder, file name without .json: the experiment's, or with its variant)."""
     return {(path.parent.name, path.stem): json.loads(path.read_text()) for path in sorted(results.glob("*/*.json"))}
 
 

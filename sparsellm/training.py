@@ -211,8 +211,8 @@ def train(
         report: called after every step with its metrics, and once with the last ones of a training that is continued.
 
     Returns:
-        The metrics of every step from the first: step (from 1), the objective's (loss), gradient_norm, seconds (of that
-        step).
+        The metrics of every step from the first: step (from 1), the objective's (loss), gradient_norm, seconds (since
+        the end of the step before).
 
     Raises:
         OSError: no disk space is left for a checkpoint (the one before it is kept).
@@ -231,30 +231,43 @@ def train(
         if report and metrics:
             report(metrics[-1])
         with open(folder / "metrics.jsonl", "a") as file:
-            for step in range(done + 1, config.steps + 1):
-                start = time.perf_counter()
-                windows = jnp.asarray(batches[step - 1])
-                state, values = train_step(
-                    graphdef,
-                    transformation,
-                    state,
-                    windows,
-                    objective,
-                    step=jnp.int32(step - 1),
-                    accumulate=config.accumulate,
-                )
+            start = time.perf_counter()
+
+            def finish(step: int, values: dict[str, Array]) -> Metrics:
+                """Waits for a step; its row, also written down."""
+                nonlocal start
                 row: Metrics = {"step": step, **{name: float(x) for name, x in jax.device_get(values).items()}}
-                row["seconds"] = time.perf_counter() - start
+                end = time.perf_counter()
+                row["seconds"], start = end - start, end
                 if not np.isfinite(row["loss"]):
                     raise FloatingPointError(f"the loss must be finite; got {row['loss']} at step {step}")
                 metrics.append(row)
                 file.write(json.dumps(row) + "\n")
+                return row
+
+            running: tuple[int, dict[str, Array]] | None = None
+            for step in range(done + 1, config.steps + 1):
+                state, values = train_step(
+                    graphdef,
+                    transformation,
+                    state,
+                    jnp.asarray(batches[step - 1]),
+                    objective,
+                    step=jnp.int32(step - 1),
+                    accumulate=config.accumulate,
+                )
+                # One step is waited for while the next one runs: else the device is idle while the host prepares it.
+                before, running = running, (step, values)
+                rows = [] if before is None else [finish(*before)]
                 if step % config.checkpoint_steps == 0 or step == config.steps:
+                    rows, running = [*rows, finish(*running)], None
                     file.flush()  # before the checkpoint: a checkpoint's metrics are always there
                     with uninterrupted():
                         checkpointer.save(step, _named(state))
+                    start = time.perf_counter()
                 if report:
-                    report(row)
+                    for row in rows:
+                        report(row)
     nnx.update(model, state.params)
     return metrics
 

@@ -37,7 +37,7 @@ def test_help_shows_every_option(name, capsys):
     shown = capsys.readouterr().out
     module = importlib.import_module(f"experiments.{name}")
     options = [field.name for field in dataclasses.fields(module.Config)]
-    options += ["smoke", "fresh", "keep", "runs"] if hasattr(module, "run") else []
+    options += ["smoke", "fresh", "keep", "variant", "runs"] if hasattr(module, "run") else []
     for option in options:
         assert f"--{option.replace('_', '-')}" in shown
 
@@ -114,6 +114,15 @@ def test_a_kept_result_says_where_it_comes_from(tmp_path):
     assert result["rows"] == rows
     assert result["versions"]["jax"] == jax.__version__
     assert runs.read_results(tmp_path / "results") == {("cpu", "some"): result}
+
+
+def test_a_result_of_other_options_is_kept_and_shown_beside_it(tmp_path):
+    with runs.Run.start("some", SomeConfig(), root=tmp_path) as run:
+        for variant, time in (("", 1.5), ("long", 2.5)):
+            run.keep([{"time_us": time}], command="it", variant=variant, results=tmp_path / "results")
+    assert {path.name for path in (tmp_path / "results" / "cpu").iterdir()} == {"some.json", "some.long.json"}
+    readme, _ = report.render("<!-- report:some -->\n<!-- /report:some -->", tmp_path / "results", tmp_path)
+    assert readme.index("1.5") < readme.index("2.5")
 
 
 def test_a_markdown_table_is_aligned_and_puts_numbers_to_the_right():

@@ -72,9 +72,15 @@ def test_the_model_learns_gets_sparser_and_is_left_with_its_tokenizer(finished, 
     assert [steps[i]["l1_weight"] for i in (0, 14, 29)] == pytest.approx([1e-3, 1e-3, 1e-2])
     assert 0 < steps[-1]["density"] < steps[0]["density"] < 1
     left = {path.name for path in finished.iterdir()} - {".lock"}
-    assert left == {"config.json", "density.png", "loss.png", "metrics.jsonl", "model", "rows.jsonl", "tokenizer"} | {
-        "tokens.npz"
-    }
+    assert left == {
+        "config.json",
+        "pretrain_density.png",
+        "pretrain_loss.png",
+        "metrics.jsonl",
+        "model",
+        "rows.jsonl",
+        "tokenizer",
+    } | {"tokens.npz"}
     model, tokenizer = load_opt(finished / "model"), text.load_tokenizer(finished / "model")
     assert language_models.model_folder(str(finished)) == finished / "model"
     held_out = evaluation.perplexity(model, language_models.load(finished).held_out)
@@ -140,6 +146,14 @@ def test_one_weight_is_constant_and_several_are_stages_of_equal_length():
     assert [rising[i] for i in (0, 2, 5, 8)] == pytest.approx([1, 1, 2, 4]) and rising == sorted(rising)
 
 
+def test_a_run_is_compared_with_a_finished_one_only(finished, tmp_path):
+    other = pretrain.compared(pretrain.Config(against=finished))
+    assert other == {"against_perplexity": read_rows(finished)[0]["perplexity"]}
+    assert pretrain.compared(pretrain.Config()) == {}
+    with pytest.raises(FileNotFoundError, match="finished"):
+        pretrain.compared(pretrain.Config(against=tmp_path))
+
+
 def test_the_vocabulary_is_padded_as_opts_is():
     config = pretrain.Config(size="125m", gated=True, activation="silu")
     model = pretrain.model_config(config, 50265)
@@ -150,11 +164,11 @@ def test_the_vocabulary_is_padded_as_opts_is():
 def test_the_report_leaves_out_what_was_not_measured(finished):
     rows = read_rows(finished)
     shown, drawn = pretrain.readme({"rows": [rows[0] | {"mfu": 0.415}, *rows[1:]]})
-    assert "42% of the device's peak" in shown and set(drawn) == {"loss.png", "density.png"}
+    assert "42% of the device's peak" in shown and set(drawn) == {"pretrain_loss.png", "pretrain_density.png"}
     for name in ("wikitext_perplexity", "sst2_accuracy"):
         del rows[0][name]
     shown, _ = pretrain.readme({"rows": rows})
-    assert "peak" not in shown and "nan" not in shown and shown.splitlines()[-1].count(" – ") == 2
+    assert "peak" not in shown and "nan" not in shown and shown.splitlines()[-1].count(" – ") == 3
 
 
 @pytest.mark.parametrize(
