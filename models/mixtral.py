@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from models.attention import KVCache, Places, attend, place_tokens, run_layers, write_slots
 from models.config import check_dtypes, check_sizes
-from models.layers import RMSNorm, embed, linear
+from models.layers import RMSNorm, embed, linear, vocabulary_logits
 from sparsellm.mixture_of_experts import LinearRouter, MixtureOfExperts, RouterRule
 from sparsellm.packing import Packing
 
@@ -233,7 +233,7 @@ class Mixtral(nnx.Module):
     def logits(self, hidden: Float[Array, "*tokens d_model"]) -> Float[Array, "*tokens vocab"]:
         """Hidden states times the output projection, in float32."""
         kernel = self.lm_head.kernel[...].astype(hidden.dtype)
-        return jnp.einsum("...d,dv->...v", hidden, kernel, preferred_element_type=jnp.float32)
+        return vocabulary_logits(hidden, kernel.T)
 
     def init_cache(self, batch: int, length: int) -> KVCache:
         """An empty cache of `length` slots for each of `batch` sequences."""

@@ -17,7 +17,7 @@ from models.activations import check_activation
 from models.attention import KVCache, Places, attend, place_tokens, run_layers, write_slots
 from models.config import check_dtypes, check_sizes
 from models.feed_forward import LISTED, PREDICTIONS, FeedForward, Prediction, capture, output_init
-from models.layers import embed, linear
+from models.layers import embed, linear, vocabulary_logits
 from pallas_kernels.micro_tile_index import ROWS
 from sparsellm.packing import Packing
 from sparsellm.predictors import Predictor
@@ -303,7 +303,7 @@ class OPT(nnx.Module):
         """Hidden states times the (tied) token embedding, in float32."""
         hidden = self.project_out(hidden) if hasattr(self, "project_out") else hidden
         embedding = self.embed_tokens.embedding[...].astype(hidden.dtype)
-        return jnp.einsum("...d,vd->...v", hidden, embedding, preferred_element_type=jnp.float32)
+        return vocabulary_logits(hidden, embedding)
 
     def init_cache(self, batch: int, length: int) -> KVCache:
         """An empty cache of `length` slots for each of `batch` sequences."""

@@ -15,7 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from models.attention import KVCache, Places, attend, padded, place_tokens, run_layers, write_slots
-from models.layers import RMSNorm, embed, linear
+from models.layers import RMSNorm, embed, linear, vocabulary_logits
 from models.switch_config import SwitchConfig
 from sparsellm.mixture_of_experts import LinearRouter, MixtureOfExperts, RouterRule
 from sparsellm.packing import Packing
@@ -326,7 +326,7 @@ class SwitchTransformer(nnx.Module):
             weight = self.shared.embedding[...].astype(hidden.dtype).T
         else:
             weight = self.lm_head.kernel[...].astype(hidden.dtype)
-        return jnp.einsum("...d,dv->...v", hidden, weight, preferred_element_type=jnp.float32)
+        return vocabulary_logits(hidden, weight.T)
 
     def init_decoder_cache(self, batch: int, length: int) -> KVCache:
         """An empty cache of `length` slots for each of `batch` sequences of the decoder."""

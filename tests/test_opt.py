@@ -13,6 +13,7 @@ import pytest
 from flax import nnx
 
 from models import OPT, PRESETS, OPTConfig
+from models.layers import vocabulary_logits
 from models.opt import DecoderLayer
 from pallas_kernels import micro_tile_index
 from sparsellm.relufication import with_config
@@ -351,3 +352,19 @@ def test_float16_once_jitted():
     logits = jax.jit(lambda state: nnx.merge(graphdef, state)(tokens))(state)
     wide = nnx.merge(nnx.graphdef(make(TINY)), jax.tree.map(lambda x: x.astype(jnp.float32), state))
     np.testing.assert_allclose(logits, wide(tokens), atol=2e-2)
+
+
+@pytest.mark.parametrize("dtype,bound", [("float32", 1e-6), ("bfloat16", 2**-7), ("float16", 2**-11)])
+def test_the_gradient_of_logits_is_that_of_a_product(dtype, bound):
+    rng = np.random.default_rng(0)
+    hidden, table = (rng.normal(size=size).astype(dtype) for size in ((2, 5, 24), (40, 24)))
+    cotangent = 2.0**-14 * rng.normal(size=(2, 5, 40)).astype(np.float32)
+    logits, backward = jax.vjp(vocabulary_logits, jnp.asarray(hidden), jnp.asarray(table))
+    assert logits.dtype == jnp.float32
+    wide_hidden, wide_table = hidden.astype(np.float64), table.astype(np.float64)
+    np.testing.assert_allclose(logits, wide_hidden @ wide_table.T, rtol=1e-5, atol=1e-5)
+    expected = cotangent @ wide_table, np.einsum("blv,bld->vd", cotangent, wide_hidden)
+    for found, exact in zip(backward(jnp.asarray(cotangent)), expected, strict=True):
+        assert found.dtype == dtype
+        error = np.abs(np.asarray(found, np.float64) - exact).max() / np.abs(exact).max()
+        assert error < bound
