@@ -23,7 +23,7 @@ from models import OPT, PRESETS, OPTConfig, load_opt
 from models.firing import Profile
 from models.synthetic import random_tokens, synthetic_opt, synthetic_predictors
 from sparsellm.decoding import GREEDY, Rows, decode, on_mesh
-from sparsellm.predictors import LowRankPredictor, load_predictors
+from sparsellm.predictors import Predictor, load_predictors
 from sparsellm.sharding import mesh_of
 
 EVENLY = (np.float32(1e6), None, None)  # a temperature at which all tokens are about as likely
@@ -75,19 +75,21 @@ def make_model(
     return model, f"synthetic, {'power law' if profile is None else profile.name}"
 
 
-def make_predictors(config: Any, model: OPT, batch: int) -> list[LowRankPredictor]:
+def make_predictors(config: Any, model: OPT, batch: int) -> list[Predictor]:
     """The checkpoint's, or for a synthetic model random ones that name as many neurons as fire for such a batch.
 
     Args:
-        config: with the options predictors, profile, rank and seed.
+        config: with the options predictors, predictor_bits, profile, rank and seed.
         model: whose they are.
         batch: sequences that decode together.
     """
     if config.predictors is not None:
-        return load_predictors(config.predictors, model)
+        loaded = load_predictors(config.predictors, model)
+        return [predictor.in_8_bits() if config.predictor_bits == 8 else predictor for predictor in loaded]
     profile = read_profile(config.profile, model.config.d_ff)
     key = jax.random.fold_in(jax.random.key(config.seed), 1)  # not the model's
-    return synthetic_predictors(model, profile, batch=batch, rank=config.rank, key=key)
+    options = {"rank": config.rank, "in_8_bits": config.predictor_bits == 8}
+    return synthetic_predictors(model, profile, batch=batch, key=key, **options)
 
 
 def check_length(config: Any, size: str) -> None:

@@ -23,7 +23,7 @@ import functools
 import statistics
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -58,6 +58,7 @@ class Config:
         predictors: of the checkpoint, as `save_predictors` leaves them.
         profile: of random weights: a CSV file with the columns model, layer, batch, active_neurons, total_neurons.
         rank: of random predictors.
+        predictor_bits: 8 to keep a predictor's weights in a byte each, 16 to leave them as they are.
         dtype: of weights and activations.
         context: tokens that each sequence has.
         steps: of a chunk.
@@ -72,6 +73,7 @@ class Config:
     predictors: Path | None = None
     profile: Path | None = None
     rank: int = 1024
+    predictor_bits: Literal[8, 16] = 8
     dtype: str = "bfloat16"
     context: int = 128
     steps: int = 32
@@ -163,7 +165,7 @@ def measure_batch(config: Config, model: OPT, name: str, batch: int) -> list[Row
     if not error <= TOLERANCES[config.dtype]:
         raise RuntimeError(f"{name}, batch {batch}: what lists give differs by {error:.1e} from what they should")
     sparse = row | {"variant": "sparse", "time_ms": time_ms, **bound(lists, rows, density)}
-    sparse |= {"density": round(statistics.mean(density), 4), "error": error}
+    sparse |= {"density": round(statistics.mean(density), 4), "predictor_bits": config.predictor_bits, "error": error}
     return [dense, sparse]
 
 

@@ -19,7 +19,7 @@ Expected on an H200: under three minutes for OPT-6.7B.
 import dataclasses
 import functools
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -61,6 +61,7 @@ class Config:
         steps: of decoding between two looks for rows to refill.
         prefill_sizes: tokens that are read together.
         rank: of random predictors.
+        predictor_bits: 8 to keep a predictor's weights in a byte each, 16 to leave them as they are.
         dtype: of weights and activations.
         samples: answers to check.
         seed: of weights and the choice of records.
@@ -79,6 +80,7 @@ class Config:
     steps: int = 16
     prefill_sizes: tuple[int, ...] = (128, 512)
     rank: int = 128
+    predictor_bits: Literal[8, 16] = 8
     dtype: str = "bfloat16"
     samples: int = 2
     seed: int = 0

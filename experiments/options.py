@@ -30,8 +30,9 @@ def check_known(config: Any, name: str, known: Sequence[str]) -> None:
 
 
 def check_shares(config: Any, *names: str, ends: bool = True) -> None:
-    """All that these options hold is a share: 0 to 1, with the ends or without."""
+    """These options, or all that they hold, are shares: 0 to 1, with the ends or without."""
     for name in names:
         value = getattr(config, name)
-        if not all(0 <= share <= 1 if ends else 0 < share < 1 for share in value):
+        shares = value if isinstance(value, tuple) else (value,)
+        if not all(0 <= share <= 1 if ends else 0 < share < 1 for share in shares):
             raise ValueError(f"{name} must {'be 0 to 1' if ends else 'lie between 0 and 1'}; got {name}={value}")

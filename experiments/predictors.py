@@ -5,10 +5,11 @@
 
 Counts how sparse the model's feed-forward activations are: by layer, for one token and for the union of many, and how
 much of it a few hot neurons do. Then collects activations, trains Deja Vu's predictors on them (from the block's own
-input, and looking ahead, from what enters the layer; and for heads), and sets them beside what needs no training: an
-SVD of fc1, CATS (here the gate is fc1 itself: what the best choice of as many neurons would lose), TEAL's thresholds.
-Thresholds are chosen on held-out windows that nothing was trained on, everything is measured on others. Last, the model
-decodes with the predictor that loses at most `loss` of perplexity. Killed at any point, the same command goes on.
+input; the same with their weights in 8 bits; looking ahead, from what enters the layer; and for heads), and sets them
+beside what needs no training: an SVD of fc1, CATS (here the gate is fc1 itself: what the best choice of as many neurons
+would lose), TEAL's thresholds. Thresholds are chosen on held-out windows that nothing was trained on, everything is
+measured on others. Last, the model decodes with the predictor that loses at most `loss` of perplexity. Killed at any
+point, the same command goes on.
 
 Rows: density by layer and span; a row for each method and wish (`budget`: neurons over those that truly fire, or
 `recall_wanted`), with recall, precision, density and perplexity; of the chosen predictor every layer, and decoding.
@@ -44,6 +45,7 @@ from sparsellm.activations import SPANS, Activations, collect, measure
 from sparsellm.evaluation import perplexity
 from sparsellm.generation import generate
 from sparsellm.predictors import (
+    EightBitPredictor,
     GatePredictor,
     Heads,
     LowRankPredictor,
@@ -59,7 +61,7 @@ from sparsellm.predictors import (
     with_input_thresholds,
 )
 
-METHODS = ("trained", "ahead", "svd", "cats", "heads", "teal")
+METHODS = ("trained", "8-bit", "ahead", "svd", "cats", "heads", "teal")
 HOT = 0.1  # of the neurons, those that fire most
 
 
@@ -237,7 +239,7 @@ def statistics(config: Config, subject: Subject) -> list[Row]:
 
 
 def predictors_of(config: Config, subject: Subject, method: str, run: Run) -> Sequence[Predictor]:
-    """A method's predictor of each layer; trained where it has to be, or gone on with."""
+    """A method's predictor of each layer."""
     model = subject.model
     if method == "svd":
         kernels = [(layer.fc1.kernel[...], layer.fc1.bias[...]) for layer in model.layers]
@@ -245,6 +247,14 @@ def predictors_of(config: Config, subject: Subject, method: str, run: Run) -> Se
     if method == "cats":
         activation = ACTIVATIONS[model.config.activation]
         return [GatePredictor(layer.fc1.kernel[...], layer.fc1.bias[...], activation) for layer in model.layers]
+    if method == "8-bit":
+        return [predictor.in_8_bits() for predictor in trained_predictors(config, subject, "trained", run)]
+    return trained_predictors(config, subject, method, run)
+
+
+def trained_predictors(config: Config, subject: Subject, method: str, run: Run) -> list[LowRankPredictor]:
+    """Of the methods trained, ahead and heads: trained, gone on with, or read if they are there."""
+    model = subject.model
     folder = run.folder / "predictors" / method
     if folder.exists():
         return load_predictors(folder, model)
@@ -308,7 +318,9 @@ def mean(layers: Sequence[Row]) -> Row:
 def described(predictors: Sequence[Predictor]) -> Row:
     """The rank of low-rank predictors, and whether they look ahead."""
     first = predictors[0]
-    return {"rank": first.down.shape[1], "look_ahead": first.look_ahead} if isinstance(first, LowRankPredictor) else {}
+    if not isinstance(first, LowRankPredictor | EightBitPredictor):
+        return {}
+    return {"rank": min(first.down.shape), "look_ahead": first.look_ahead}
 
 
 def cost(subject: Subject, predictors: Sequence[Predictor]) -> float:
@@ -320,7 +332,7 @@ def cost(subject: Subject, predictors: Sequence[Predictor]) -> float:
 
 def decode(config: Config, subject: Subject, run: Run) -> list[Row]:
     """Chooses the trained predictor's thresholds for the allowed loss; its layers, and the time of decoding with it."""
-    predictors: Any = predictors_of(config, subject, "trained", run)
+    predictors = trained_predictors(config, subject, "trained", run)
     limit = perplexity(subject.model, subject.choose).perplexity * (1 + config.loss)
     quality = functools.partial(subject.quality, predictors, subject.choose)
     wanted = calibrate_for_quality(predictors, subject.activations["choose"], quality, limit)

@@ -134,8 +134,15 @@ def _firing(
 
 
 def synthetic_predictors(
-    model: OPT, profile: Profile, *, batch: int, rank: int, key: Array, look_ahead: bool = True
-) -> list[LowRankPredictor]:
+    model: OPT,
+    profile: Profile,
+    *,
+    batch: int,
+    rank: int,
+    key: Array,
+    look_ahead: bool = True,
+    in_8_bits: bool = False,
+) -> list[Predictor]:
     """Random predictors that name, for a batch of random tokens, as many neurons as fire by the profile.
 
     What they cost is real; which neurons they name is not. Thresholds are set from layer to layer, on what comes out
@@ -148,6 +155,7 @@ def synthetic_predictors(
         rank: of the predictors.
         key: of their weights and of sample tokens.
         look_ahead: whether they read what enters the layer.
+        in_8_bits: whether their weights are kept in a byte each.
 
     Raises:
         ValueError: the profile does not reach to such a batch.
@@ -157,7 +165,8 @@ def synthetic_predictors(
     options: dict[str, Any] = {"look_ahead": look_ahead, "dtype": config.dtype, "param_dtype": config.dtype}
     sizes = [(config.d_model, rank, config.sizes(layer)[1]) for layer in range(config.layers)]
     rngs = nnx.Rngs(key)
-    predictors = [LowRankPredictor(*size, **options, rngs=rngs) for size in sizes]
+    low_rank = [LowRankPredictor(*size, **options, rngs=rngs) for size in sizes]
+    predictors: list[Predictor] = [predictor.in_8_bits() if in_8_bits else predictor for predictor in low_rank]
     tokens = (max(1, SAMPLE[0] // batch) * batch, SAMPLE[1] // 2)
     tokens = random_tokens(config, tokens, jax.random.fold_in(key, 0))
     predicted = with_predictors(model, predictors)

@@ -131,8 +131,17 @@ def when(condition: Int):
 
 
 def loop(steps, carry, body):
-    for step in range(steps):
-        carry = body(Int(step), list(carry))
+    """Each thread as often as it asks for."""
+    active = BLOCK.active[-1]
+    most = steps if isinstance(steps, int) else max(number(steps)[active], default=0)
+    carry = list(carry)
+    for step in range(most):
+        if isinstance(steps, int):
+            carry = body(Int(step), carry)
+        else:
+            with when(steps > step):
+                new = body(Int(step), list(carry))
+            carry = [select(steps > step, after, before) for after, before in zip(new, carry, strict=True)]
     return carry
 
 

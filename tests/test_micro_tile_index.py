@@ -1,9 +1,11 @@
 """`micro_tile_index` and `compact` against plain numpy loops."""
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
+import lanes
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -12,7 +14,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import micro_tile_index
-from pallas_kernels.micro_tile_index import ROWS, Config, candidates, compact
+from pallas_kernels.micro_tile_index import ROWS, Config, candidates, compact, device
 from pallas_kernels.workbench.interpreter import run_interpreted
 
 
@@ -88,10 +90,10 @@ def test_granularity_is_static_and_the_pattern_is_not():
 
 
 @pytest.mark.parametrize("lists, length", [(1, 1), (5, 31), (3, 32), (2, 129), (6, 40)])
-@pytest.mark.parametrize("density", [0.0, 0.3, 1.0])
-def test_interpreted_kernel_shares_the_lists_out_among_warps(lists, length, density):
+@pytest.mark.parametrize("density, team", [(0.0, 1), (0.3, 8), (1.0, 2)])
+def test_interpreted_kernel_shares_the_lists_out_among_warps(lists, length, density, team):
     mask = np.random.default_rng(length).random((lists, length)) < density
-    config = Config(entries=32)
+    config = Config(entries=32, team=team)
     out = run_interpreted(lambda: compact(jnp.asarray(mask), config=config, implementation="interpret"))
     assert_compacted(out, mask)
 
@@ -105,6 +107,66 @@ def test_interpreted_kernel_takes_a_batch_and_ragged_micro_tiles():
     a_t = np.where(np.random.default_rng(1).random((100, 20)) < 0.01, 1.0, 0.0).astype(np.float32)
     index = run_interpreted(lambda: micro_tile_index(jnp.asarray(a_t), 8, 3, implementation="interpret"))
     assert_lists(index.indices, index.counts, expected(a_t, 8, 3), 34)
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """`device.row` on numpy: indices are of the row, and none is outside of it."""
+
+    array: lanes.Array
+    number: lanes.Int
+    size: int
+
+    def _inside(self, index: lanes.Int) -> lanes.Int:
+        own = lanes.number(index)[lanes.BLOCK.active[-1]]
+        assert ((own >= 0) & (own < self.size)).all(), "out of the row's bounds"
+        return self.number * self.size + index
+
+    def load(self, index: lanes.Int) -> lanes.Int:
+        return self.array.load(self._inside(index))
+
+    def store(self, index: lanes.Int, value: lanes.Int) -> None:
+        self.array.store(self._inside(index), value)
+
+
+def load_words(row: Row, index: lanes.Int) -> list[lanes.Int]:
+    """Of a mask that nothing writes: 16 bytes for each lane."""
+    assert not (lanes.unsigned(index) % 16).any() and not row.size % 16
+    bytes_of = lanes.number(index)[:, None] + np.arange(16)
+    assert ((bytes_of >= 0) & (bytes_of < row.size)).all(), "out of the row's bounds"
+    loaded = row.array.data[lanes.number(row.number)[:, None] * row.size + bytes_of]
+    return [lanes.Int(word) for word in loaded.view("<i4").T]
+
+
+def run_on_lanes(monkeypatch, mask: np.ndarray, garbage: int, **config) -> tuple[np.ndarray, np.ndarray]:
+    """The device code; behind the lists are bytes that nobody may count."""
+    for stand_in in (Row, load_words):
+        monkeypatch.setattr(device, stand_in.__name__.lower(), stand_in)
+    lists, length = mask.shape
+    padded = np.pad(mask.astype(np.int8), ((0, 0), (0, -length % 16)), constant_values=garbage)
+    work = device.Work(lists=lists, length=length, padded=padded.shape[1], **config)
+    outputs = [(lists, length), (lists,)]
+    indices, counts = lanes.run(device.place, work, [padded], outputs, device.shared_memory(work))
+    return indices, counts
+
+
+@pytest.mark.parametrize("entries, team", [(32, 1), (64, 1), (32, 2), (64, 4), (32, 8), (64, 16), (32, 32)])
+@pytest.mark.parametrize("lists, length", [(1, 1), (5, 31), (3, 32), (2, 129), (3, 1500)])
+@pytest.mark.parametrize("density", [0.3, 1.0])
+def test_device_code_on_numpy_lanes(lists, length, density, entries, team, monkeypatch, unchecked):
+    mask = np.random.default_rng(length).random((lists, length)) < density
+    assert_compacted(run_on_lanes(monkeypatch, mask, garbage=1, entries=entries, team=team), mask)
+
+
+@pytest.mark.parametrize(
+    "length, entries, team, rounds", [(9300, 1024, 1, 3), (12000, 1024, 2, 2), (5000, 512, 4, 1), (28672, 32, 16, 1)]
+)
+def test_device_code_on_numpy_lanes_counts_long_lists(length, entries, team, rounds, monkeypatch, unchecked):
+    """All bytes that can be are ones, so that no sum of a round may overflow."""
+    work = device.Work(lists=1, length=length, padded=length + -length % 16, entries=entries, team=team)
+    assert work.rounds == rounds and work.loads <= device.LOADS
+    mask = np.ones((1, length), bool)
+    assert_compacted(run_on_lanes(monkeypatch, mask, garbage=1, entries=entries, team=team), mask)
 
 
 def test_batched_and_not_differentiated():
@@ -140,7 +202,8 @@ def test_on_a_gpu_the_kernel_is_chosen_under_every_transformation():
     for function in (jax.vmap(jax.grad(scaled_sum)), sharded):
         assert "mosaic_gpu" in lowered(function, batch, mesh=mesh)
     with jax.enable_x64(True):
-        assert "mosaic_gpu" in lowered(compact, jax.ShapeDtypeStruct((3, 77), bool), mesh=mesh)
+        for shape in ((3, 77), (1, 28672)):
+            assert "mosaic_gpu" in lowered(compact, jax.ShapeDtypeStruct(shape, bool), mesh=mesh)
 
 
 @pytest.mark.gpu
@@ -150,7 +213,7 @@ def test_on_a_gpu_the_kernel_is_chosen_under_every_transformation():
 )
 def test_compiled_kernel_against_numpy(lists, length, density):
     mask = np.random.default_rng(length).random((lists, length)) < density
-    for config in (None, Config(entries=32), Config(entries=1024)):
+    for config in (None, Config(entries=32), Config(entries=1024), Config(entries=32, team=16), Config(team=2)):
         indices, counts = compact(jnp.asarray(mask), config=config, implementation="mosaic_gpu")
         np.testing.assert_array_equal(np.asarray(counts), mask.sum(axis=1))
         order = np.argsort(~mask, axis=1, kind="stable")
@@ -165,6 +228,12 @@ def test_every_candidate_is_a_valid_config():
             compact(jnp.ones((1, 4), bool), config=config)
 
 
+@pytest.mark.parametrize("k, m, is_together", [(28672, 64, True), (7168, 8 * 64, True), (4096, 4096, False)])
+def test_warps_count_together_where_lists_are_few(k, m, is_together):
+    first = candidates(jax.ShapeDtypeStruct((k, m), jnp.bfloat16), 64)[0]
+    assert (first.team > 1) == is_together
+
+
 def test_errors(unchecked):
     with pytest.raises(ValueError, match=r"rows and cols must be at least 1; got rows=0, cols=1"):
         micro_tile_index(jnp.ones((4, 4)), 0)
@@ -177,3 +246,6 @@ def test_errors(unchecked):
     for entries in (0, 48):
         with pytest.raises(ValueError, match=f"entries must be a multiple of 32, .*; got entries={entries}"):
             micro_tile_index(jnp.ones((4, 4)), 8, config=Config(entries=entries))
+    for team in (0, 3, 64):
+        with pytest.raises(ValueError, match=rf"team must be one of \(1, 2, 4, 8, 16, 32\); got team={team}"):
+            micro_tile_index(jnp.ones((4, 4)), 8, config=Config(team=team))

@@ -75,7 +75,7 @@ def test_a_checkpoint_decodes_with_its_own_predictors(tmp_path, monkeypatch):
     assert asked == 2 * [{"context": 8, "steps": 4, "repeats": 1, "seed": 0, "sampling": opt_decode.GREEDY}]
     served = []
     monkeypatch.setattr(opt_serving, "_measure", lambda config, *models: served.append(models) or {})
-    serve = dataclasses.replace(opt_serving.Config.smoke(), **folders)
+    serve = dataclasses.replace(opt_serving.Config.smoke(), predictor_bits=16, **folders)
     assert [row["variant"] for row in opt_serving.measure(serve)] == ["dense", "sparse"]
     serving, reference, _ = served[1]
     assert (serving.layers[0].prediction, reference.layers[0].prediction) == ("lists", "mask")

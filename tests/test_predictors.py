@@ -120,6 +120,34 @@ def test_scores_of_16_bits_are_summed_in_float32():
     np.testing.assert_allclose(scores, hidden @ up, rtol=0.02, atol=0.02)
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_in_8_bits_each_weight_is_the_nearest_and_scores_are_those_of_these_weights(bias):
+    rng = np.random.default_rng(3)
+    down, up = rng.normal(size=(D_MODEL, 5)), 1e-3 * rng.normal(size=(5, 7))
+    x, offset = rng.normal(size=(2, 3, D_MODEL)).astype(np.float32), rng.normal(size=7).astype(np.float32)
+    arrays = (jnp.asarray(a, jnp.float32) for a in ((down, up, offset) if bias else (down, up)))
+    predictor = LowRankPredictor.from_arrays(*arrays, threshold=0.25, look_ahead=True)
+    narrow = predictor.in_8_bits()
+    scales = np.abs(down).max() / 448, np.abs(up).max() / 448
+    near = [
+        (w / scale).astype(jnp.float8_e4m3fn).astype(np.float64) * scale
+        for w, scale in zip((down, up), scales, strict=True)
+    ]
+    expected = x.astype(np.float64) @ near[0] @ near[1] + (offset if bias else 0)
+    np.testing.assert_allclose(narrow.scores(jnp.asarray(x)), expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(narrow(jnp.asarray(x)), expected > 0.25)
+    assert narrow.look_ahead and (narrow.d_model, narrow.neurons) == (D_MODEL, 7)
+    assert {x.dtype.itemsize for x in (narrow.down[...], narrow.up[...])} == {1}
+
+
+def test_in_8_bits_weights_of_zero_stay_zero_and_16_bits_do_not_overflow():
+    nothing = LowRankPredictor.from_arrays(jnp.zeros((D_MODEL, 2)), jnp.zeros((2, 3))).in_8_bits()
+    np.testing.assert_array_equal(nothing.scores(jnp.ones((1, D_MODEL))), np.zeros((1, 3)))
+    half = LowRankPredictor.from_arrays(jnp.ones((D_MODEL, 2), jnp.float16), jnp.ones((2, 3), jnp.float16)).in_8_bits()
+    scores = half.scores(jnp.full((1, D_MODEL), 100, jnp.float16))
+    np.testing.assert_allclose(scores, np.full((1, 3), 200.0 * D_MODEL), rtol=1e-3)
+
+
 def test_predictors_hold_no_parameters_of_the_model():
     predictor = LowRankPredictor(6, 3, 10, rngs=nnx.Rngs(0))
     assert not nnx.to_flat_state(nnx.state(predictor, nnx.Param))

@@ -10,7 +10,7 @@ from experiments.__main__ import main
 from experiments.runs import Run
 
 CONFIG = dataclasses.replace(
-    predictors.Config.smoke(), methods=("trained", "teal"), training=8, epochs=2, budgets=(1.5,), batches=(2,)
+    predictors.Config.smoke(), methods=("trained", "8-bit", "teal"), training=8, epochs=2, budgets=(1.5,), batches=(2,)
 )
 
 
@@ -41,7 +41,10 @@ def test_every_wish_is_a_row_and_the_chosen_predictor_decodes_as_simulated(finis
     run, rows = finished
     assert run.continued and rows[0]["method"] == "dense"
     wishes = [(row["method"], row.get("budget"), row.get("recall_wanted")) for row in rows if "perplexity" in row]
-    assert wishes[1:4] == [("trained", 1.5, None), ("trained", None, 0.95), ("teal", None, None)]
+    assert wishes[1:6] == [
+        *((method, *wish) for method in ("trained", "8-bit") for wish in ((1.5, None), (None, 0.95))),
+        ("teal", None, None),
+    ]
     for row in rows:
         if "perplexity" in row:
             assert 0 < row.get("density", 1.0) <= 1 and math.isfinite(row["perplexity"])

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from experiments import pruning, quickstart
+from experiments import pruning, pruning_time, quickstart
 from experiments.__main__ import main
 from experiments.runs import Run
 from models import OPTConfig
@@ -144,3 +144,15 @@ def test_what_cannot_be_asked_is_refused_before_anything_is_trained(options, mes
     assert main(["pruning", "--smoke", "--runs", str(tmp_path), *options]) == 1
     assert message in capsys.readouterr().err
     assert not list((tmp_path / "pruning").iterdir())
+
+
+def test_the_time_of_a_layer_is_given_with_what_became_of_it(tmp_path, capsys):
+    config = dataclasses.replace(pruning_time.Config.smoke(), methods=("magnitude", "sparsegpt"))
+    with Run.start("pruning_time", config, root=tmp_path) as run:
+        magnitude, sparsegpt = pruning_time.run(config, run)
+    assert magnitude["weights"] == 4 * 16**2 + 2 * 16 * 64 and magnitude["kernels"] == 6 and magnitude["tokens"] == 64
+    assert 0 < sparsegpt["error"] < magnitude["error"] < 1
+    assert all(row["zeros"] == pytest.approx(0.5, abs=0.01) and row["time_s"] > 0 for row in (magnitude, sparsegpt))
+    assert "| opt-tiny, a layer | sparsegpt" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="sparsity must lie between 0 and 1"):
+        pruning_time.run(dataclasses.replace(config, sparsity=1.0), run)

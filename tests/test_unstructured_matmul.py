@@ -357,19 +357,11 @@ def rotate_right(x, bits):
     return Int(unsigned(x) >> bits | unsigned(x) << (32 - bits))
 
 
-def repeat(steps, carry, body):
-    counts = np.unique(number(steps)[lanes.BLOCK.active[-1]])
-    assert counts.size <= 1, "threads of a block disagree about a loop"
-    for step in range(counts[0] if counts.size else 0):
-        carry = body(Int(step), list(carry))
-    return list(carry)
-
-
 @contextlib.contextmanager
 def on_numpy(machine: Machine):
     stand_ins = {
         **{name: getattr(machine, name) for name in MACHINE_OPERATIONS},
-        **{f.__name__: f for f in (dot_bytes, permute_bytes, rotate_right, repeat)},
+        **{f.__name__: f for f in (dot_bytes, permute_bytes, rotate_right)},
         "address_of": lambda address: Int(address),
         "warp_barrier": lambda: None,
     }  # fmt: skip

@@ -20,7 +20,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int8, Int32, Shaped
 
 from pallas_kernels.micro_tile_index.cases import CASES, ROWS, work
-from pallas_kernels.micro_tile_index.mosaic import ALIGNMENT, Config, check_config, configs, mosaic
+from pallas_kernels.micro_tile_index.device import ALIGNMENT
+from pallas_kernels.micro_tile_index.mosaic import Config, check_config, configs, mosaic
 from pallas_kernels.tile.device import require_device
 from pallas_kernels.tuning import tuned_config
 

@@ -1,10 +1,7 @@
 """The Mosaic GPU kernel of `micro_tile_index`: a mask -> the positions of its true entries, one list a row.
 
-A warp places `entries` consecutive entries of a list, 32 at a time: a ballot shows every lane which of them are true,
-so population counts rank them. Where they start it counts itself, from the mask's bytes before its own, so warps
-neither wait for each other nor share memory. Entries that are false write the zeros behind the count, from the list's
-end backwards: each position is written once.
-Bytes: the mask (again for each warp of a list, from L2), 4 an entry. Operations: about 12 an entry.
+What its threads do is in `device`. Bytes: the mask (again for each team of warps of a list, from L2), 4 an entry.
+Operations: about 12 an entry.
 """
 
 import dataclasses
@@ -14,18 +11,16 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, nvvm
 from jaxtyping import Array, Bool, Int8, Int32
 
+from pallas_kernels.micro_tile_index import device
+from pallas_kernels.micro_tile_index.device import WARPS, Work
+from pallas_kernels.tile import lane
+from pallas_kernels.tile.lane import WARP
 from pallas_kernels.tile.launch import lowered_once
 
-WARP = 32
-WARPS = 4  # a block is one warpgroup
-ALIGNMENT = LOAD = 16  # bytes of mask a lane loads at once to count them: lists start on a multiple
-LOADS = 8  # in flight while counting: 14 take longer, 8.9 us for 28672 entries of a list where these take 6.9
+TEAMS = (1, 2, 4, 8, 16, 32)
 MANY_WARPS = 512  # about one for each scheduler of an H200
 
 
@@ -35,115 +30,37 @@ class Config:
 
     Attributes:
         entries: of a list that a warp places, a multiple of 32.
+        team: warps that share the counting of the entries before theirs, one of TEAMS; a block is one such team, or
+            as many small ones as there are in four warps.
     """
 
     entries: int = 256
+    team: int = 1
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Work:
-    """How the entries are divided among warps, numbered list by list.
+def _place(work: Work, block: jax.Array, warpgroup: jax.Array, refs) -> None:
+    """Runs `device.place`: `refs` are the mask, the indices, the counts and then shared memory."""
+    del warpgroup  # its threads know their numbers
+    smem = device.shared_memory(work)
 
-    Attributes:
-        lists: rows of the mask.
-        length: entries of each; the mask's rows may be longer.
-        entries: of a list that a warp places.
-    """
-
-    lists: int
-    length: int
-    entries: int
-
-    @property
-    def warps_a_list(self) -> int:
-        return pl.cdiv(self.length, self.entries)
-
-    @property
-    def warps(self) -> int:
-        return self.lists * self.warps_a_list
-
-
-def _place(work: _Work, mask_gmem, indices_gmem, counts_gmem, block: jax.Array) -> None:
-    """What the four warps of a block write."""
-    ref = plgpu.RefType()
-
-    @plgpu.inline_mgpu(arg_types=(ref, ref, ref, plgpu.Layout.WG_SPLAT))
-    def place(ctx, mask, indices, counts, block):
+    @plgpu.inline_mgpu(arg_types=(tuple(plgpu.RefType() for _ in refs), plgpu.Layout.WG_SPLAT))
+    def run(ctx, refs, block):
         del ctx
-        i8, i32, i64 = (ir.IntegerType.get_signless(bits) for bits in (8, 32, 64))
-        const = functools.partial(arith.constant, i32)
-        less = functools.partial(arith.cmpi, arith.CmpIPredicate.slt)
-        equal = functools.partial(arith.cmpi, arith.CmpIPredicate.eq)
-        every_lane = const(-1)
+        dtypes = (jnp.int8, jnp.int32, jnp.int32)
+        gmem = [lane.Array.of(ref, dtype, lane.GMEM) for ref, dtype in zip(refs[:3], dtypes, strict=True)]
+        scratch = [lane.Array.of(ref, jnp.int32, lane.SMEM) for ref in refs[3:]]
+        in_smem = dict(zip(smem, scratch, strict=True))
+        device.place(work, lane.Int(block.registers.item()), gmem[:1], gmem[1:], in_smem)
 
-        def row(memref, number, row_bytes):
-            """Address of a row in global memory."""
-            base = llvm.addrspacecast(ir.Type.parse("!llvm.ptr<1>"), utils.memref_ptr(memref))
-            offset = arith.muli(arith.extui(i64, number), arith.constant(i64, row_bytes))
-            return utils.getelementptr(base, [offset], i8)
-
-        def count_bytes(mask_row, lane, end):
-            """This lane's share of the ones before `end`."""
-            loads = min(LOADS, pl.cdiv(work.length, WARP * LOAD))
-            span = WARP * LOAD * loads
-
-            @utils.fori(arith.divui(arith.addi(end, const(span - 1)), const(span)), const(0))
-            def counted(i, count):
-                byte_sums = const(0)  # four at a time, each at most LOAD // 4 * LOADS
-                for load in range(loads):
-                    offset = arith.addi(arith.muli(i, const(span)), const(load * WARP * LOAD))
-                    offset = arith.addi(offset, arith.muli(lane, const(LOAD)))
-                    inside = less(offset, end)
-                    address = utils.getelementptr(mask_row, [arith.select(inside, offset, const(0))], i8)
-                    words = llvm.load(ir.VectorType.get((LOAD // 4,), i32), address, alignment=LOAD)
-                    words = [llvm.extractelement(words, const(word)) for word in range(LOAD // 4)]
-                    four_sums = functools.reduce(arith.addi, words)
-                    byte_sums = arith.addi(byte_sums, arith.select(inside, four_sums, const(0)))
-                return arith.addi(count, arith.shrui(arith.muli(byte_sums, const(0x01010101)), const(24)))
-
-            return counted.result
-
-        lane = arith.andi(utils.thread_idx(), const(WARP - 1))
-        warp = arith.addi(arith.muli(block.registers.item(), const(WARPS)), utils.warp_idx())
-        with utils.when(less(warp, const(work.warps))):
-            number, part = (op(warp, const(work.warps_a_list)) for op in (arith.divui, arith.remui))
-            mask_row = row(mask, number, mask.type.shape[1])
-            indices_row = row(indices, number, 4 * work.length)
-            start = arith.muli(part, const(work.entries))
-            entries, own = [], []  # the loads first: all of them, and those of the count, are under way together
-            for first in range(0, work.entries, WARP):
-                entry = arith.addi(arith.addi(start, const(first)), lane)
-                address = utils.getelementptr(mask_row, [arith.minsi(entry, const(work.length - 1))], i8)
-                entries.append(entry)
-                own.append(llvm.load(i8, address))
-            rank = const(0)  # of the first entry
-            if work.warps_a_list > 1:
-                rank = utils.redux(count_bytes(mask_row, lane, start), every_lane, utils.ReductionKind.ADD)
-            lanes_below = arith.subi(arith.shli(const(1), lane), const(1))
-            for entry, byte in zip(entries, own, strict=True):
-                inside = less(entry, const(work.length))
-                is_listed = arith.andi(inside, arith.cmpi(arith.CmpIPredicate.ne, byte, arith.constant(i8, 0)))
-                listed = nvvm.vote_sync(every_lane, is_listed, nvvm.VoteSyncKind.ballot, results=[i32])
-                own_rank = arith.addi(rank, llvm.intr_ctpop(arith.andi(listed, lanes_below)))
-                from_end = arith.subi(const(work.length - 1), arith.subi(entry, own_rank))
-                with utils.when(inside):
-                    position = arith.select(is_listed, own_rank, from_end)
-                    address = utils.getelementptr(indices_row, [position], i32)
-                    llvm.store(arith.select(is_listed, entry, const(0)), address)
-                rank = arith.addi(rank, llvm.intr_ctpop(listed))
-            is_last = equal(part, const(work.warps_a_list - 1))
-            with utils.when(arith.andi(is_last, equal(lane, const(0)))):
-                llvm.store(rank, row(counts, number, 4))
-
-    place(mask_gmem, indices_gmem, counts_gmem, block)  # pyright: ignore[reportCallIssue]
+    run(tuple(refs), block)  # pyright: ignore[reportCallIssue]
 
 
-def _place_interpreted(work: _Work, mask_gmem, indices_gmem, counts_gmem, block: jax.Array) -> None:
-    """`_place` entry by entry, with plain reads and writes: that each is written once is for the race detector."""
+def _place_interpreted(work: Work, block: jax.Array, warpgroup: jax.Array, refs) -> None:
+    """What a warpgroup writes, with plain reads and writes: that each is written once is for the race detector."""
+    mask_gmem, indices_gmem, counts_gmem = refs
 
-    def place_part(number):
-        row, part = lax.div(number, work.warps_a_list), lax.rem(number, work.warps_a_list)
-        is_listed = mask_gmem[row][: work.length] != 0
+    def place_part(number, part):
+        is_listed = mask_gmem[number][: work.length] != 0
         entries = jnp.arange(work.length, dtype=jnp.int32)
         ranks = jnp.cumsum(is_listed, dtype=jnp.int32) - is_listed.astype(jnp.int32)
         positions = jnp.where(is_listed, ranks, work.length - 1 - (entries - ranks))
@@ -152,15 +69,17 @@ def _place_interpreted(work: _Work, mask_gmem, indices_gmem, counts_gmem, block:
 
         @functools.partial(lax.fori_loop, start, jnp.minimum(start + work.entries, work.length), init_val=None)
         def _write(entry, _):
-            indices_gmem[row, positions[entry]] = values[entry]
+            indices_gmem[number, positions[entry]] = values[entry]
 
         @pl.when(part == work.warps_a_list - 1)
         def _write_count():
-            counts_gmem[row] = jnp.sum(is_listed, dtype=jnp.int32)
+            counts_gmem[number] = jnp.sum(is_listed, dtype=jnp.int32)
 
     for warp in range(WARPS):
-        number = block * WARPS + warp
-        pl.when(number < work.warps)(functools.partial(place_part, number))
+        of_all = block * work.warps + warpgroup * WARPS + warp
+        number, part = (op(of_all, work.teams_a_list * work.team) for op in (lax.div, lax.rem))
+        has_entries = (number < work.lists) & (part < work.warps_a_list)
+        pl.when(has_entries)(functools.partial(place_part, number, part))
 
 
 @lowered_once("length")
@@ -170,25 +89,28 @@ def mosaic(
     """Launches the kernel; `interpret` runs it on CPU under the race detector.
 
     Args:
-        mask: its rows a multiple of LOAD; bytes are 0 or 1; what is past `length` does not matter.
+        mask: its rows a multiple of ALIGNMENT; bytes are 0 or 1; what is past `length` does not matter.
         length: entries of a list, at least 1.
         config: tiling.
         interpret: on CPU.
     """
-    work = _Work(lists=mask.shape[0], length=length, entries=min(config.entries, pl.cdiv(length, WARP) * WARP))
+    lists, padded = mask.shape
+    entries = min(config.entries, pl.cdiv(length, WARP) * WARP)
+    work = Work(lists=lists, length=length, padded=padded, entries=entries, team=config.team)
     place = _place_interpreted if interpret else _place
 
-    def body(mask_gmem, indices_gmem, counts_gmem):
-        place(work, mask_gmem, indices_gmem, counts_gmem, lax.axis_index("block"))
+    def body(*refs):
+        place(work, lax.axis_index("block"), lax.axis_index("warpgroup"), refs)
 
+    smem = () if interpret else [plgpu.SMEM((size,), jnp.int32) for size in device.shared_memory(work).values()]
     kernel = plgpu.kernel(
         body,
-        out_type=(
-            jax.ShapeDtypeStruct((work.lists, length), jnp.int32),
-            jax.ShapeDtypeStruct((work.lists,), jnp.int32),
-        ),
-        grid=(pl.cdiv(work.warps, WARPS),),
+        out_type=(jax.ShapeDtypeStruct((lists, length), jnp.int32), jax.ShapeDtypeStruct((lists,), jnp.int32)),
+        scratch_types=smem,
+        grid=(work.blocks,),
         grid_names=("block",),
+        num_threads=work.warps // WARPS,
+        thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
         interpret=plgpu.InterpretGPUParams(detect_races=True) if interpret else None,
         kernel_name="micro_tile_index",
@@ -198,13 +120,20 @@ def mosaic(
 
 
 def configs(lists: int, length: int) -> list[Config]:
-    """Configs worth timing. The heuristic's choice comes first: the most entries that still give every SM its warps."""
-    sizes = (1024, 512, 256, 128)
-    best = next((x for x in sizes if lists * pl.cdiv(length, x) >= MANY_WARPS), sizes[-1])
-    return [Config(entries=x) for x in (best, *(x for x in sizes if x != best))]
+    """Configs worth timing. The heuristic's choice comes first.
+
+    Warps that count by themselves place the most entries that still give every SM its warps. Where none does, the
+    entries before them are what takes time, not their own: they get few, and count in teams.
+    """
+    alone = [Config(entries=x) for x in (1024, 512, 256, 128)]
+    together = [Config(entries=x, team=y) for x, y in ((32, 16), (64, 16), (32, 32), (64, 8), (128, 8), (128, 4))]
+    enough = (config for config in alone if lists * pl.cdiv(length, config.entries) >= MANY_WARPS)
+    return list(dict.fromkeys([next(enough, together[0]), *alone, *together]))
 
 
 def check_config(config: Config) -> None:
     """Raises ValueError where the kernel does not take this config."""
     if config.entries < WARP or config.entries % WARP:
         raise ValueError(f"entries must be a multiple of {WARP}, at least that; got entries={config.entries}")
+    if config.team not in TEAMS:
+        raise ValueError(f"team must be one of {TEAMS}; got team={config.team}")

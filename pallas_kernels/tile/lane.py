@@ -163,9 +163,15 @@ def when(condition: Bool) -> contextlib.AbstractContextManager[None]:
     return utils.when(condition.value)
 
 
-def loop(steps: int, carry: Sequence[Int], body: Callable[[Int, list[Int]], list[Int]]) -> list[Int]:
-    """`body(step, carry)` for each step; its result is carried to the next one."""
-    if steps == 1:
+def loop(steps: "int | Int", carry: Sequence[Int], body: Callable[[Int, list[Int]], list[Int]]) -> list[Int]:
+    """`body(step, carry)` for each step; its result is carried to the next one.
+
+    Args:
+        steps: how many; a value of the device must be the same in all lanes of the warp.
+        carry: what the first step gets.
+        body: of a step.
+    """
+    if isinstance(steps, int) and steps == 1:
         return body(constant(0), list(carry))
 
     @utils.fori(_i32(steps), [x.value for x in carry])

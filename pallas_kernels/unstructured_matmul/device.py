@@ -55,7 +55,7 @@ def multiply(work: Work, block: Int, inputs, outputs, smem: dict[str, Array]) ->
         _store_sums(work, block, part, outputs[0], _multiply_strip(work, strip, stages))
         return [pieces_before + strip.ring.count, stages_before + stages.count]
 
-    warp.repeat(Part.count(work, block), [ln.constant(0)] * 2, multiply_part)
+    ln.loop(Part.count(work, block), [ln.constant(0)] * 2, multiply_part)
 
 
 def expand(work: Work, block: Int, inputs, outputs, smem: dict[str, Array]) -> None:
@@ -74,10 +74,10 @@ def expand(work: Work, block: Int, inputs, outputs, smem: dict[str, Array]) -> N
 
             return strip.decode_quad(state, quad * QUAD, store)
 
-        warp.repeat((part.blocks + (QUAD - 1)) // QUAD, strip.state(), expand_quad)
+        ln.loop((part.blocks + (QUAD - 1)) // QUAD, strip.state(), expand_quad)
         return [carry[0] + strip.ring.count]
 
-    warp.repeat(Part.count(work, block), [ln.constant(0)], expand_part)
+    ln.loop(Part.count(work, block), [ln.constant(0)], expand_part)
 
 
 def _begin(work: Work, smem: dict[str, Array], more: int = 0) -> tuple[Int, Int]:
@@ -227,12 +227,12 @@ def _multiply_strip(work: Work, strip: Strip, stages: Stages) -> list[Int]:
         def next_quad(i, carry):
             return multiply_quad(first + i * QUAD, place + i * (QUAD * block_bytes), carry)
 
-        return warp.repeat(stages.quads_of(stage), carry, next_quad)
+        return ln.loop(stages.quads_of(stage), carry, next_quad)
 
     with ln.when(is_first):
         stages.copy(ln.constant(0))
     carry = strip.state() + [ln.constant(0)] * (REGISTERS * work.tiles)
-    return warp.repeat(stages.count, carry, multiply_stage)[STATE:]
+    return ln.loop(stages.count, carry, multiply_stage)[STATE:]
 
 
 def _store_sums(work: Work, block: Int, part: Part, out: Array, sums: list[Int]) -> None:
@@ -254,7 +254,7 @@ def _store_sums(work: Work, block: Int, part: Part, out: Array, sums: list[Int])
     left = ln.select(part.last.equals(work.sections), ln.constant(work.slots - 1) - slot, 0)
     with ln.when(strip < work.strips):
         write(slot, sums)
-        warp.repeat(left, [], write_zeros)
+        ln.loop(left, [], write_zeros)
 
 
 def _store_block(work: Work, part: Part, number: Int, out: Array, registers: list[Int]) -> None:

@@ -3,7 +3,7 @@
 Addresses are bytes of shared memory, 32-bit integers.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from jax.experimental.mosaic.gpu import utils
@@ -122,13 +122,3 @@ def copy(source: Array, unit: int, first: Int, to: Int, size: Int, barrier: Int)
 def warp_barrier() -> None:
     """Waits for all lanes of the warp."""
     nvvm.bar_warp_sync(constant(-1).value)
-
-
-def repeat(steps: Int, carry: Sequence[Int], body: Callable[[Int, list[Int]], list[Int]]) -> list[Int]:
-    """`lane.loop` as many times as a value says that is the same in all threads of the block."""
-
-    @utils.fori(steps.value, [x.value for x in carry])
-    def done(step, carry):
-        return [x.value for x in body(Int(step), [Int(x) for x in carry])]
-
-    return [Int(x) for x in done.results]

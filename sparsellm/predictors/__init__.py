@@ -7,7 +7,7 @@ save_predictors(predictors, "predictors", model)
 """
 
 from sparsellm.predictors.files import load_predictors, save_predictors
-from sparsellm.predictors.predictor import GatePredictor, LowRankPredictor, Predictor, PredictorParam
+from sparsellm.predictors.predictor import EightBitPredictor, GatePredictor, LowRankPredictor, Predictor, PredictorParam
 from sparsellm.predictors.quality import measure_predictors
 from sparsellm.predictors.targets import Heads, Neurons, Target
 from sparsellm.predictors.teal import ThresholdedLinear, with_input_thresholds
@@ -20,6 +20,7 @@ from sparsellm.predictors.thresholds import (
 from sparsellm.predictors.training import PredictorConfig, train_predictors
 
 __all__ = [
+    "EightBitPredictor",
     "GatePredictor",
     "Heads",
     "LowRankPredictor",

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
@@ -142,6 +143,47 @@ class LowRankPredictor(Predictor):
     def scores(self, x: Float[Array, "*tokens d_model"]) -> Float[Array, "*tokens neurons"]:
         scores = low_rank_product(x.astype(self.dtype), self.down[...], self.up[...])
         return scores if self.bias is None else jnp.add(*jnp.broadcast_arrays(scores, self.bias[...]))
+
+    def in_8_bits(self) -> "EightBitPredictor":
+        """The same predictor, each weight rounded to a byte."""
+        return EightBitPredictor(self)
+
+
+class EightBitPredictor(Predictor):
+    """A low-rank predictor whose weights are bytes: while decoding, the time of a prediction is that of reading them.
+
+    Attributes:
+        down: float8_e4m3fn [rank, d_model]; what a product sums over lies together, which is read quickest.
+        up: float8_e4m3fn [neurons, rank].
+        scales: float32 [2], of `down` and `up`: their largest weight is the format's largest number.
+        bias: as the low-rank predictor's.
+        dtype: likewise: what is multiplied is in 8 bits only where it is kept.
+    """
+
+    def __init__(self, predictor: LowRankPredictor):
+        """Of the low-rank predictor."""
+        self.d_model, self.neurons, self.look_ahead = predictor.d_model, predictor.neurons, predictor.look_ahead
+        (down, down_scale), (up, up_scale) = _narrow(predictor.down[...].T), _narrow(predictor.up[...].T)
+        self.down, self.up = PredictorParam(down), PredictorParam(up)
+        self.scales = PredictorParam(jnp.stack([down_scale, up_scale]))
+        self.bias = None if predictor.bias is None else PredictorParam(predictor.bias[...])
+        self.threshold = PredictorParam(predictor.threshold[...])
+        self.dtype = predictor.dtype
+
+    def scores(self, x: Float[Array, "*tokens d_model"]) -> Float[Array, "*tokens neurons"]:
+        scores = x
+        for weight, scale in zip((self.down, self.up), self.scales[...], strict=True):
+            weight, scores = weight[...].astype(self.dtype), scores.astype(self.dtype)
+            contracted = (((scores.ndim - 1,), (1,)), ((), ()))
+            scores = scale * lax.dot_general(scores, weight, contracted, preferred_element_type=jnp.float32)
+        return scores if self.bias is None else jnp.add(*jnp.broadcast_arrays(scores, self.bias[...]))
+
+
+def _narrow(weight: Float[Array, "out in"]) -> tuple[Float[Array, "out in"], Float[Array, ""]]:
+    """The weight in 8 bits, and what it is to be multiplied by."""
+    largest = jnp.abs(weight).max().astype(jnp.float32)
+    scale = jnp.where(largest > 0, largest, 1) / float(jnp.finfo(jnp.float8_e4m3fn).max)
+    return (weight.astype(jnp.float32) / scale).astype(jnp.float8_e4m3fn), scale
 
 
 class GatePredictor(Predictor):
