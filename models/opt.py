@@ -18,6 +18,8 @@ from models.attention import KVCache, Places, attend, place_tokens, run_layers, 
 from models.config import check_dtypes, check_sizes
 from models.feed_forward import LISTED, PREDICTIONS, FeedForward, Prediction, capture, output_init
 from models.layers import embed, linear, vocabulary_logits
+from pallas_kernels.layer_norm import DEVICES, layer_norm
+from pallas_kernels.layer_norm.config import check_support
 from pallas_kernels.micro_tile_index import ROWS
 from sparsellm.packing import Packing
 from sparsellm.predictors import Predictor
@@ -147,11 +149,35 @@ class LayerNorm(nnx.LayerNorm):
         )
 
     def __call__(self, x: Float[Array, "*tokens d_model"]) -> Float[Array, "*tokens d_model"]:
-        y = super().__call__(x).astype(x.dtype)
+        return self.of_sum(x, None)[1]
+
+    def of_sum(self, x: Float[Array, "*tokens d_model"], addend: Float[Array, "*tokens d_model"] | None):
+        """x + addend (x if that is None), and its norm: in one launch where a kernel takes x."""
+        if _kernel_takes(x):
+            scale, bias = (jnp.asarray(parameter) for parameter in (self.scale, self.bias))
+            rows, added = x[:, 0], None if addend is None else addend[:, 0]
+            x, y = (a[:, None] for a in layer_norm(rows, scale, bias, added, epsilon=self.epsilon))
+        else:
+            x = x if addend is None else x + addend
+            y = super().__call__(x).astype(x.dtype)
         if self.relu:
             y = jax.nn.relu(y)
             capture(self, "norm_activation", y)
-        return y
+        return x, y
+
+
+def _kernel_takes(x: Float[Array, "*tokens d_model"]) -> bool:
+    """Whether x is one token a row, as while decoding, for which `layer_norm` has a kernel on this device.
+
+    Over several devices XLA's norm stays: it is cut along the batch as its input is.
+    """
+    if x.ndim != 3 or x.shape[1] != 1 or jax.sharding.get_abstract_mesh().size > 1:
+        return False
+    try:
+        check_support(x[:, 0], DEVICES)
+    except NotImplementedError:
+        return False
+    return True
 
 
 class Attention(nnx.Module):
@@ -215,9 +241,9 @@ class DecoderLayer(FeedForward):
         pre_norm, entering = self.config.pre_norm, x
         entered = x if before is None else before, x
         y, slots = self.self_attn(self.self_attn_layer_norm(x) if pre_norm else x, places, slots, entered)
-        x = x + y if pre_norm else self.self_attn_layer_norm(x + y)
-        y = self.feed_forward(self.final_layer_norm(x) if pre_norm else x, places.mask, entering)
-        x = x + y if pre_norm else self.final_layer_norm(x + y)
+        x, normed = (self.final_layer_norm if pre_norm else self.self_attn_layer_norm).of_sum(x, y)
+        y = self.feed_forward(normed, places.mask, entering)
+        x = x + y if pre_norm else self.final_layer_norm.of_sum(normed, y)[1]
         return x, slots
 
 

@@ -4,6 +4,7 @@ from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.gather_matmul import gather_matmul
 from pallas_kernels.grouped_matmul import grouped_matmul
 from pallas_kernels.grouped_outer import grouped_outer
+from pallas_kernels.layer_norm import layer_norm
 from pallas_kernels.micro_tile_index import MicroTileIndex, micro_tile_index
 from pallas_kernels.neuron_ffn import neuron_ffn
 from pallas_kernels.relu_matmul import relu_matmul
@@ -22,6 +23,7 @@ KERNELS = (
     "grouped_outer",
     "neuron_ffn",
     "decode_attention",
+    "layer_norm",
     "micro_tile_index",
     "route",
     "unstructured_matmul",
@@ -36,6 +38,7 @@ __all__ = [
     "gather_matmul",
     "grouped_matmul",
     "grouped_outer",
+    "layer_norm",
     "micro_tile_index",
     "neuron_ffn",
     "relu_matmul",

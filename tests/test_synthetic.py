@@ -108,8 +108,10 @@ def test_random_predictors_name_as_many_neurons_as_the_profile(model, profile):
     tokens = random_tokens(CONFIG, (64, 32), jax.random.key(7))
     entering = np.asarray(model.embed_tokens.embedding[...])[tokens]
     entering = entering + np.asarray(model.embed_positions.embedding[...])[2:34]
-    down, up = (np.asarray(w[...], np.float64) for w in (predictors[0].down, predictors[0].up))
-    named = entering @ down @ up > float(predictors[0].threshold[...])
+    first = predictors[0]
+    assert isinstance(first, LowRankPredictor)
+    down, up = (np.asarray(w[...], np.float64) for w in (first.down, first.up))
+    named = entering @ down @ up > float(first.threshold[...])
     assert named.reshape(16, 4, 32, 256).any(axis=1).mean() == pytest.approx(0.25, rel=0.1)
 
 
