@@ -12,6 +12,7 @@ from flax import nnx
 from models import OPTConfig
 from models.firing import Profile, firing_probabilities
 from models.synthetic import fit_table, random_tokens, synthetic_opt, synthetic_predictors
+from sparsellm.predictors import LowRankPredictor
 
 CONFIG = OPTConfig(vocab_size=499, layers=3, d_model=64, heads=2, d_ff=256, max_length=64, init_std=0.06)
 BATCHES, ROWS = (1, 4, 16, 64), ((0.1, 0.25, 0.5, 0.8), (0.05, 0.1, 0.2, 0.4))
