@@ -15,6 +15,7 @@ TILE_N = 8  # columns of x: the least of a wgmma
 ROW_BYTES = 2 * layout.STREAMS
 X_TILE_BYTES = layout.BLOCK * TILE_N * 2  # of x, of a block and tile
 QUAD = 4  # blocks of a strip that the loop's body takes
+MOST_STAGED = 16  # blocks of x
 SMS = 132  # of an H200: what the heuristic counts with
 MANY_ROWS = 7.5  # of values that a block takes on average, of 16
 RESERVED = 1536  # bytes of shared memory for barriers
@@ -43,14 +44,14 @@ class Config:
 
 
 def stage_blocks(config: Config, tiles: int) -> int:
-    """Blocks of x in a stage, of which there are two in what the rings leave: whole quads, a section at most; or 0.
+    """Blocks of x in a stage, of which there are two in what the rings leave: whole quads, `MOST_STAGED` at most; or 0.
 
     Args:
         config: the tiling.
         tiles: of 8 columns.
     """
     room = SMEM_BYTES - RESERVED - config.warps * config.ring_bytes
-    return max(0, min(layout.SECTION, room // (2 * tiles * X_TILE_BYTES) // QUAD * QUAD))
+    return max(0, min(MOST_STAGED, room // (2 * tiles * X_TILE_BYTES) // QUAD * QUAD))
 
 
 def candidates(weights, x, bias=None, activation: str | None = None) -> list[Config]:

@@ -17,7 +17,7 @@ DEPTH = 16  # elements of a stream in a block
 STRIP, BLOCK = 16, 64
 STRIPS = 4  # in a run: streams go on through them, and are aligned again at the next run
 RUN = STRIPS * STRIP
-SECTION = 16  # blocks of a strip after which decoding can start anew
+SECTION = 8  # blocks of a strip after which decoding can start anew: the unit that multiprocessors share out
 MAX_LAG = 32  # rows that a stream may be behind the one furthest ahead, when a block starts
 
 
