@@ -97,14 +97,16 @@ def _prune_block(
         scores = lax.dynamic_slice_in_dim(w / jnp.diag(u)[:, None], first, stretch) ** 2
         keep = pattern.keep(scores, sparsity, "kernel")
 
-        def prune_input(i, carry):
+        def prune_input(offset, carry):
             w, errors = carry
-            kept = jnp.where(keep[i - first], w[i], 0)
+            i = first + offset
+            kept = jnp.where(keep[offset], w[i], 0)
             error = (w[i] - kept) / u[i, i]
             w = w - u[i][:, None] * error[None]  # u[i] is zero before i
             return w.at[i].set(kept), errors.at[i].set(error)
 
-        return lax.fori_loop(first, first + stretch, prune_input, carry)
+        # From 0 on: of a loop whose bounds are values, a GPU asks the host before every step.
+        return lax.fori_loop(0, stretch, prune_input, carry)
 
     w, errors = lax.fori_loop(0, size // stretch, prune_stretch, (w, jnp.zeros_like(w)))
     later = jnp.where((jnp.arange(rows.shape[1]) >= start + size)[None], rows, 0)
