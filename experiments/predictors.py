@@ -13,9 +13,9 @@ point, the same command goes on.
 
 Rows: density by layer and span; a row for each method and wish (`budget`: neurons over those that truly fire, or
 `recall_wanted`), with recall, precision, density and perplexity; of the chosen predictor every layer, and decoding.
-Expected, in under 3 minutes on an H200: the trained predictor recalls more than the SVD at equal density; perplexity
-within 1% of dense at 1.5 times the true density; sparse decoding and its simulation agree to the token. What the SVD
-misses is small, so that at equal recall it costs the model less than what a trained predictor misses.
+Seen on an H200 with the model that `pretrain` makes there, until decoding (the whole takes more than three minutes):
+at the true density the trained predictor recalls 90 to 92% and the SVD 86 to 91%, and both lose less than 0.1% of
+perplexity, so little does such a model depend on the neurons that are missed.
 """
 
 import dataclasses

@@ -172,8 +172,16 @@ def write_slots(slots, keys, values, places: Places):
 def _write(
     old: Float[Array, "batch slots heads head_dim"], new: Float[Array, "rows columns heads head_dim"], places: Places
 ) -> Float[Array, "batch slots heads head_dim"]:
-    """SWrite. Padding is written nowhere, and neither is what comes behind the last slot."""
+    """SWrite. Padding is written nowhere, and neither is what comes behind the last slot.
+
+    But a token of one row alone is always written: as padding to the slot behind the row's tokens (the last one, if
+    the row is full), which nobody sees. XLA does that in one launch with what computes the token; where it may have to
+    keep what is there, it takes two.
+    """
     batch, slots = old.shape[:2]
+    if batch == 1 and places.decoding and places.filled is not None:
+        column = places.filled[0] - places.mask[0, 0].astype(jnp.int32)
+        return lax.dynamic_update_slice(old, new.astype(old.dtype), (0, column, 0, 0))
     nowhere = slots + jnp.arange(places.mask.size, dtype=jnp.int32).reshape(places.mask.shape)  # distinct there too
     column = jnp.where(places.mask, places.positions, nowhere)
     packing = places.packing

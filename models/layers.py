@@ -66,8 +66,8 @@ def vocabulary_logits(
 ) -> Float[Array, "*tokens vocab"]:
     """hidden @ table.T in float32, of whose gradient the products are in bfloat16 if the operands are.
 
-    Left to itself, JAX would multiply the float32 gradient of the logits, at a third of the rate and twice the bytes:
-    for a vocabulary of 50,272 that was a seventh of OPT-125M's training step.
+    Left to itself, JAX would multiply the float32 gradient of the logits, at half of the rate and twice the bytes: of
+    OPT-125M's training step, with 50,272 tokens, on an H200, 8%.
     """
     return jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
 

@@ -9,6 +9,9 @@ bytes a cycle, 500 cycles; 10 instructions for each of a thread's 56 values of t
 640 cycles of its scheduler; two reductions over the warpgroup, each of five shuffles and a barrier, and one latency of
 memory. A single part: 57 kB, 900 cycles, and 1120. Registers of a thread: 56 for the row in float32, and as many while
 the operands arrive.
+
+On an H200 with addend, in bfloat16, 1, 8 and 32 rows: 1.5, 1.6 and 2.0 us of 7168 columns, where XLA's launches take
+3.6, 2.9 and 3.8 and the time between them; of 12288 1.7, 1.9 and 2.5 for 4.4, 3.3 and 3.6.
 """
 
 import functools
