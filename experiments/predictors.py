@@ -105,7 +105,7 @@ class Config:
     recalls: tuple[float, ...] = (0.9, 0.95, 0.99)
     sparsities: tuple[float, ...] = (0.25, 0.4, 0.5)
     loss: float = 0.01
-    batches: tuple[int, ...] = (1, 8, 16)
+    batches: tuple[int, ...] = (1, 8)
     prompt_tokens: int = 32
     new_tokens: int = 64
     seed: int = 0
@@ -280,7 +280,7 @@ def compare(config: Config, subject: Subject, method: str, run: Run) -> list[Row
     predictors = predictors_of(config, subject, method, run)
     target = Heads() if method == "heads" else Neurons()
     choose, test = subject.activations["choose"], subject.activations["test"]
-    fire = [float(target.labels(choose, layer).sum(axis=1).mean()) for layer in range(choose.layers)]
+    fire = [int(np.bitwise_count(target.bits(choose, i)).sum()) / choose.tokens for i in range(choose.layers)]
     widths = target.widths(choose)
     rows = []
     for wish in ("budget", "recall_wanted"):

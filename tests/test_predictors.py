@@ -249,8 +249,9 @@ def test_layers_stop_each_by_its_own_recall_or_for_want_of_progress(trained):
 def test_heads_are_those_with_the_largest_outputs(layers, activations):
     target = Heads(share=0.34)
     norms = layers[1]["head_norms"]
-    np.testing.assert_array_equal(target.labels(activations, 1).argmax(axis=1), norms.argmax(axis=1))
-    assert target.labels(activations, 1).sum(axis=1).tolist() == [1] * len(norms)
+    labels = np.unpackbits(target.bits(activations, 1), axis=1, count=3)
+    np.testing.assert_array_equal(labels.argmax(axis=1), norms.argmax(axis=1))
+    assert labels.sum(axis=1).tolist() == [1] * len(norms)
     np.testing.assert_allclose(target.inputs(activations, 1, True), layers[0]["hidden"], atol=1e-6)
     np.testing.assert_allclose(target.inputs(activations, 0, True), layers[0]["hidden"], atol=1e-6)
     np.testing.assert_allclose(target.inputs(activations, 1, False), layers[1]["hidden"], atol=1e-6)

@@ -3,7 +3,7 @@
 import dataclasses
 
 import numpy as np
-from jaxtyping import Bool, Shaped
+from jaxtyping import Shaped, UInt8
 
 from sparsellm.activations import Activations
 
@@ -20,9 +20,9 @@ class Neurons:
         """What a predictor of the layer sees of each token."""
         return activations.read("hidden" if look_ahead else "ffn_inputs", layer)
 
-    def labels(self, activations: Activations, layer: int) -> Bool[np.ndarray, "tokens width"]:
-        """What it should answer."""
-        return activations.fires(layer)
+    def bits(self, activations: Activations, layer: int) -> UInt8[np.ndarray, "tokens bytes"]:
+        """What it should answer, eight a byte as of `numpy.packbits`."""
+        return activations.read("fires", layer)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,13 +49,13 @@ class Heads:
         """As for neurons."""
         return activations.read("hidden", max(layer - look_ahead, 0))
 
-    def labels(self, activations: Activations, layer: int) -> Bool[np.ndarray, "tokens width"]:
+    def bits(self, activations: Activations, layer: int) -> UInt8[np.ndarray, "tokens bytes"]:
         """As for neurons."""
         norms = activations.read("head_norms", layer)
         chosen = np.argsort(-norms, axis=1, kind="stable")[:, : max(round(self.share * norms.shape[1]), 1)]
         labels = np.zeros(norms.shape, bool)
         np.put_along_axis(labels, chosen, True, axis=1)
-        return labels
+        return np.packbits(labels, axis=1)
 
 
 type Target = Neurons | Heads

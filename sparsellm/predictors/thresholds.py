@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Float32, Int32
+from jaxtyping import Array, Bool, Float, Float32, Int32, UInt8
 
 from sparsellm.activations import Activations
 from sparsellm.predictors.predictor import Predictor
@@ -156,7 +156,13 @@ def scored(
         if inputs.shape[1] != predictor.d_model:
             raise ValueError(f"predictors must be of d_model={inputs.shape[1]}; got d_model={predictor.d_model}")
         scores = _scores(*nnx.split(predictor), jnp.asarray(inputs))
-        yield predictor, scores, jnp.asarray(target.labels(activations, layer))
+        # Unpacked on the device: on the host that takes longer than all else here.
+        yield predictor, scores, _unpack(predictor.neurons, jnp.asarray(target.bits(activations, layer)))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _unpack(width: int, bits: UInt8[Array, "tokens bytes"]) -> Bool[Array, "tokens {width}"]:
+    return jnp.unpackbits(bits, axis=1, count=width).astype(bool)
 
 
 @functools.partial(jax.jit, static_argnums=0)

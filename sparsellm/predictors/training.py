@@ -165,7 +165,7 @@ def _load(activations: Activations, config: PredictorConfig, target: Target) -> 
     inputs = np.stack([target.inputs(activations, layer, config.look_ahead) for layer in layers])
     fires = np.zeros((len(layers), activations.tokens, bits // 8), np.uint8)
     for layer, width in enumerate(widths):
-        fires[layer, :, : -(-width // 8)] = np.packbits(target.labels(activations, layer), axis=1)
+        fires[layer, :, : -(-width // 8)] = target.bits(activations, layer)
     real = np.arange(bits)[None, :] < np.array(widths)[:, None]
     return Samples(*map(jnp.asarray, (inputs, fires, real)))
 
