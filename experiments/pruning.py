@@ -31,7 +31,7 @@ from rich.console import Console
 
 from experiments import language_models, options, quickstart
 from experiments.runs import Row, Run, markdown_table
-from models import OPT, load_mixtral, load_opt
+from models import OPT, PRESETS, OPTConfig, load_mixtral, load_opt
 from sparsellm import evaluation, pruning, text, training
 from sparsellm.pruning import METHODS, NM, Pattern, Unstructured
 
@@ -171,9 +171,10 @@ def prepare(config: Config, run: Run) -> Subject:
         return Subject(name=f"opt-{name}", model=model, train=data.train, held_out=held_out)
     earlier = Path(config.source)
     model, kind, folder = load_model(config.source)
-    tokenizer, name = text.load_tokenizer(folder), f"{kind}-{folder.name}"
+    tokenizer = text.load_tokenizer(folder)
+    name = f"opt-{_size(model.config)}" if kind == "opt" else f"{kind}-{folder.name}"
     if (earlier / language_models.TOKENS).is_file() and config.corpus is None:
-        data, name = language_models.load(earlier), f"opt-{earlier.name}"
+        data = language_models.load(earlier)
         train, held_out, length = data.train, data.held_out, data.train.shape[1] - 1  # as it was trained
     else:
         if config.corpus is None:
@@ -185,6 +186,12 @@ def prepare(config: Config, run: Run) -> Subject:
     if config.text is not None:
         held_out = _windows(tokenizer, text.read_corpus(config.text).documents, length)
     return Subject(name=name, model=model, train=train, held_out=held_out)
+
+
+def _size(config: OPTConfig) -> str:
+    """The published size that this is one of; else its layers and width."""
+    found = [name for name, preset in PRESETS.items() if all(getattr(config, key) == preset[key] for key in preset)]
+    return found[0] if found else f"{config.layers}x{config.d_model}"
 
 
 def load_model(source: str, **options: Any) -> tuple[Any, str, Path]:

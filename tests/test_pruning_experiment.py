@@ -84,7 +84,9 @@ def test_the_run_of_quickstart_is_taken_as_it_is(finished, tmp_path, monkeypatch
         (folder / file.name).write_bytes(file.read_bytes())
     config = dataclasses.replace(CONFIG, source=str(earlier), corpus=None)
     subject = pruning.prepare(config, run)
-    assert seen["folder"] == folder and subject.model is Model and subject.name == "opt-earlier"
+    assert seen["folder"] == folder and subject.model is Model and subject.name == "opt-1x2"
+    Model.config = OPTConfig.preset("350m")
+    assert pruning.prepare(config, run).name == "opt-350m"
     assert subject.train.shape[1] == subject.held_out.shape[1] == 33  # the tiny size's window, and a target
     (folder / "config.json").write_text(json.dumps({"model_type": "t5"}))
     with pytest.raises(ValueError, match="source must be a model of opt or mixtral; .* is of t5"):
