@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Int, Shaped
+from jaxtyping import Array, Bool, Int, Shaped, UInt8
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
@@ -93,6 +93,12 @@ class Activations:
     def fires(self, layer: int) -> Bool[np.ndarray, "tokens neurons"]:
         """Which neurons fire for each token."""
         return np.unpackbits(self.read("fires", layer), axis=1, count=self.neurons[layer]).astype(bool)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def unpack_bits(bits: UInt8[Array, "tokens bytes"], width: int) -> Bool[Array, "tokens {width}"]:
+    """What `read` gives of neurons that fire, as `Activations.fires` does: on the device, which is quicker."""
+    return jnp.unpackbits(bits, axis=1, count=width).astype(bool)
 
 
 def collect(

@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Float32, Int32, UInt8
+from jaxtyping import Array, Bool, Float, Float32, Int32
 
-from sparsellm.activations import Activations
+from sparsellm.activations import Activations, unpack_bits
 from sparsellm.predictors.predictor import Predictor
 from sparsellm.predictors.targets import Neurons, Target
 
@@ -157,12 +157,7 @@ def scored(
             raise ValueError(f"predictors must be of d_model={inputs.shape[1]}; got d_model={predictor.d_model}")
         scores = _scores(*nnx.split(predictor), jnp.asarray(inputs))
         # Unpacked on the device: on the host that takes longer than all else here.
-        yield predictor, scores, _unpack(predictor.neurons, jnp.asarray(target.bits(activations, layer)))
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _unpack(width: int, bits: UInt8[Array, "tokens bytes"]) -> Bool[Array, "tokens {width}"]:
-    return jnp.unpackbits(bits, axis=1, count=width).astype(bool)
+        yield predictor, scores, unpack_bits(jnp.asarray(target.bits(activations, layer)), predictor.neurons)
 
 
 @functools.partial(jax.jit, static_argnums=0)
