@@ -5,11 +5,12 @@
 
 PIT's figure 9 on this device: a batch of instruction records, whole and truncated, from token ids to the logits after
 each record. Variants: `padded` to the longest record; `packed`, one after another; `packed+sparse`, where products skip
-the micro-tiles of the feed-forward activations that no token makes live, in the layers where that is to pay. Beside
-them transformers (SDPA, padded), with weights of its own, where torch and a GPU are there. Times are wall-clock
-medians; memory is what XLA says a program holds at once, and the most that torch had allocated. What attention and the
-feed-forward blocks take is that of the middle layer by itself, times the layers. Every variant's logits are compared
-with those of `padded` in the same run.
+the micro-tiles of the feed-forward activations that no token makes live, in the layers where that is to pay; and the
+same with all occurrences of a token side by side, so that fewer micro-tiles are live. Beside them transformers (SDPA,
+padded), with weights of its own, where torch and a GPU are there. Times are wall-clock medians; memory is what XLA says
+a program holds at once, and the most that torch had allocated. What attention and the feed-forward blocks take is that
+of the middle layer by itself, times the layers. Every variant's logits are compared with those of `padded` in the same
+run.
 
 Weights are synthetic unless `--source` is given: random, with as many neurons firing as the profile says. Without
 `--records`, tokens are random and only lengths are like real ones. Seen on an H200, in a minute without transformers:
@@ -38,7 +39,8 @@ from models.prefill import choose_sparse_rows
 from pallas_kernels.workbench.timing import Timer
 from sparsellm.packing import Packing, pack
 
-VARIANTS = ("padded", "packed", "packed+sparse")
+BY_TOKEN = "packed by token+sparse"
+VARIANTS = ("padded", "packed", "packed+sparse", BY_TOKEN)
 PARTS = ("attention", "feed_forward", "rest")
 
 
@@ -142,9 +144,9 @@ def _measure_size(config: Config, size: str, run: Run, timer: Timer) -> list[Row
 def _measure_batch(config: Config, model: OPT, batch: list[tuple[int, ...]], timer: Timer) -> list[Row]:
     rows, expected = [], None
     for variant in VARIANTS:
-        arrays = _padded(batch) if variant == "padded" else _packed(batch)
+        arrays = _padded(batch) if variant == "padded" else _packed(batch, by_token=variant == BY_TOKEN)
         sparse_rows = None
-        if variant == "packed+sparse":
+        if variant.endswith("+sparse"):
             chosen = config.sparse_rows is None
             sparse_rows = choose_sparse_rows(model, arrays[0], arrays[2]) if chosen else config.sparse_rows
         network = with_sparse_rows(model, sparse_rows)
@@ -224,8 +226,8 @@ def _padded(batch: list[tuple[int, ...]]) -> list[Any]:
     return [jnp.asarray(tokens), jnp.asarray(ends, jnp.int32), None]
 
 
-def _packed(batch: list[tuple[int, ...]]) -> list[Any]:
-    tokens, packing = pack(batch)
+def _packed(batch: list[tuple[int, ...]], *, by_token: bool = False) -> list[Any]:
+    tokens, packing = pack(batch, by_token=by_token)
     return [tokens, packing.last, packing]
 
 

@@ -33,27 +33,36 @@ class Packing:
         lengths: tokens of each sequence, int32 [batch].
         segment_ids: the sequence of each packed token, from 0, and -1 for padding at the end, int32 [packed].
         positions: how many tokens of its sequence come before each, 0 at padding, int32 [packed].
+        places: the inverse: where each token of the padded batch is packed, 0 where it has none, int32 [batch, length].
         length: columns of the padded batch; static under jit.
     """
 
     lengths: Any  # not typed as arrays: as a pytree it also carries shapes, shardings and cotangents
     segment_ids: Any
     positions: Any
+    places: Any
     length: int = dataclasses.field(metadata={"static": True})
 
     @classmethod
     def of(
-        cls, lengths: Sequence[int] | Int[np.ndarray, " batch"], *, size: int | None = None, length: int | None = None
+        cls,
+        lengths: Sequence[int] | Int[np.ndarray, " batch"],
+        *,
+        size: int | None = None,
+        length: int | None = None,
+        order: Int[np.ndarray, " tokens"] | None = None,
     ) -> "Packing":
-        """That of sequences of these lengths, one after another.
+        """That of sequences of these lengths, one after another or in any order of their tokens.
 
         Args:
             lengths: tokens of each sequence, known to the host; 0 for a row of the padded batch that has none.
             size: of the packed axis; None for the next of four sizes an octave, multiples of 128.
             length: columns of the padded batch; None for the next of four sizes an octave, multiples of 8.
+            order: for each place on the packed axis, which token stands there of those one after another; None for
+                these themselves.
 
         Raises:
-            ValueError: there is no token, or they do not fit into `size` or `length`.
+            ValueError: there is no token, they do not fit into `size` or `length`, or `order` is none of them.
         """
         counts = np.asarray(lengths)
         if not counts.size:
@@ -70,8 +79,14 @@ class Packing:
         segment_ids, positions = np.full(size, -1, np.int32), np.zeros(size, np.int32)
         segment_ids[:total] = np.repeat(np.arange(counts.size), counts)
         positions[:total] = np.arange(total) - np.repeat(np.cumsum(counts) - counts, counts)
-        arrays = (jnp.asarray(a, jnp.int32) for a in (counts, segment_ids, positions))
-        return cls(**dict(zip(("lengths", "segment_ids", "positions"), arrays, strict=True)), length=length)
+        if order is not None:
+            if not np.array_equal(np.sort(order), np.arange(total)):
+                raise ValueError(f"order must hold each of 0 to {total - 1} once; got {np.asarray(order)}")
+            segment_ids[:total], positions[:total] = segment_ids[order], positions[order]
+        places = np.zeros((counts.size, length), np.int32)
+        places[segment_ids[:total], positions[:total]] = np.arange(total)
+        arrays = {"lengths": counts, "segment_ids": segment_ids, "positions": positions, "places": places}
+        return cls(**{name: jnp.asarray(array, jnp.int32) for name, array in arrays.items()}, length=length)
 
     @property
     def batch(self) -> int:
@@ -86,7 +101,7 @@ class Packing:
     @property
     def last(self) -> Int32[Array, " batch"]:
         """Where on the packed axis the last token of each sequence is; means nothing for a sequence without tokens."""
-        return jnp.cumsum(self.lengths, dtype=jnp.int32) - 1
+        return jnp.take_along_axis(self.places, jnp.maximum(self.lengths - 1, 0)[:, None], axis=1)[:, 0]
 
     @property
     def mask(self) -> Bool[Array, "1 packed"]:
@@ -108,9 +123,7 @@ class Packing:
     def unpack(self, x: Shaped[Array, "1 packed *features"]) -> Shaped[Array, "batch length *features"]:
         """The padded batch: sequences start at column 0 of their rows, and zeros follow them."""
         _check_tokens("x", x, (1, self.size))
-        starts = jnp.cumsum(self.lengths, dtype=jnp.int32) - self.lengths
-        place = starts[:, None] + jnp.arange(self.length, dtype=jnp.int32)[None]
-        return _take(x[0], place, self.padded_mask)
+        return _take(x[0], self.places, self.padded_mask)
 
     def check_tokens(self, tokens: Int[Array, "rows columns"]) -> None:
         """Raises ValueError unless these are packed tokens."""
@@ -122,6 +135,7 @@ def pack(
     *,
     size: int | None = None,
     length: int | None = None,
+    by_token: bool = False,
 ) -> tuple[Int32[Array, "1 packed"], Packing]:
     """Puts sequences of token ids one after another; padding at the end is token 0.
 
@@ -129,6 +143,9 @@ def pack(
         sequences: token ids; of a padded batch, `[row[real] for row, real in zip(tokens, mask)]`.
         size: as for `Packing.of`.
         length: as for `Packing.of`.
+        by_token: put all occurrences of a token side by side instead. To the model that is the same; but tokens that
+            are alike activate more of the same neurons, so that fewer micro-tiles of their rows are live
+            (experiments/token_order.py).
 
     Returns:
         The tokens, and where they belong.
@@ -140,12 +157,14 @@ def pack(
     for i, array in enumerate(arrays):
         if not array.size:
             raise ValueError(f"a sequence must hold at least one token; sequence {i} is empty")
-    packing = Packing.of([array.size for array in arrays], size=size, length=length)
     for i, array in enumerate(arrays):
         if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
             raise ValueError(f"a sequence must be a list of integers; sequence {i} is {array.dtype}{list(array.shape)}")
+    ids = np.concatenate(arrays) if arrays else np.zeros(0, np.int32)
+    order = np.argsort(ids, kind="stable") if by_token else np.arange(ids.size)
+    packing = Packing.of([array.size for array in arrays], size=size, length=length, order=order)
     tokens = np.zeros(packing.size, np.int32)
-    tokens[: sum(array.size for array in arrays)] = np.concatenate(arrays)
+    tokens[: ids.size] = ids[order]
     return jnp.asarray(tokens[None]), packing
 
 

@@ -37,7 +37,7 @@ def smoke(tmp_path, name: str, model: OPT, monkeypatch) -> list[dict[str, Any]]:
 
 def test_opt_inference_runs_on_a_cpu(tmp_path, capsys, model, monkeypatch):
     rows = smoke(tmp_path, "opt_inference", model, monkeypatch)
-    assert [row["variant"] for row in rows] == ["padded", "packed", "packed+sparse"]
+    assert [row["variant"] for row in rows] == ["padded", "packed", "packed+sparse", "packed by token+sparse"]
     assert rows[0]["error"] == 0 and all(row["error"] < 1e-4 and row["time_ms"] > 0 for row in rows)
     assert "| opt-tiny | ".replace(" ", "") in capsys.readouterr().out.replace(" ", "")
 
@@ -81,7 +81,7 @@ def test_the_middle_layer_is_given_what_comes_out_of_those_before_it(model):
 
 
 def test_a_wrong_variant_is_not_let_pass(model, monkeypatch):
-    def wrong(batch):
+    def wrong(batch, by_token):
         tokens, ends, packing = opt_inference.pack(batch)[0], *(lambda p: (p.last - 1, p))(opt_inference.pack(batch)[1])
         return [tokens, ends, packing]
 
@@ -151,10 +151,10 @@ def test_transformers_is_put_next_to_ours(tmp_path, monkeypatch, model):
     config = dataclasses.replace(opt_inference.Config.smoke(), no_peers=False, truncate=(0, 9))
     with Run.start("opt_inference", config, root=tmp_path) as run:
         rows = opt_inference.measure(config, run)
-    assert [row["transformers_time_ms"] for row in rows] == [7.0] * 6
+    assert [row["transformers_time_ms"] for row in rows] == [7.0] * 8
     ((width, (whole, cut), repeats),) = asked
     assert (width, repeats) == (16, 2) and max(whole) > 9 and cut == [min(length, 9) for length in whole]
-    assert [row["tokens"] for row in rows] == [sum(whole)] * 3 + [sum(cut)] * 3
+    assert [row["tokens"] for row in rows] == [sum(whole)] * 4 + [sum(cut)] * 4
 
 
 # Records.

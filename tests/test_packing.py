@@ -93,6 +93,31 @@ def test_tokens_of_sequences():
     assert (packing.batch, packing.size, packing.length, packing.lengths.tolist()) == (3, 128, 8, [3, 1, 2])
 
 
+def test_tokens_side_by_side_that_are_alike():
+    tokens, packing = pack([[5, 6, 5], [6, 9, 5]], size=8, length=4, by_token=True)
+    assert tokens.tolist() == [[5, 5, 5, 6, 6, 9, 0, 0]]
+    assert packing.segment_ids.tolist() == [0, 0, 1, 0, 1, 1, -1, -1]
+    assert packing.positions.tolist() == [0, 2, 2, 1, 0, 1, 0, 0]
+    assert packing.unpack(tokens).tolist() == [[5, 6, 5, 0], [6, 9, 5, 0]]
+    assert packing.pack(packing.unpack(tokens)).tolist() == tokens.tolist() and packing.last.tolist() == [1, 2]
+
+
+@given(st.permutations(range(9)))
+def test_any_order_of_tokens_is_put_right_by_unpacking(order):
+    one_after_another = Packing.of([4, 2, 3], size=12, length=5)
+    packing = Packing.of([4, 2, 3], size=12, length=5, order=np.array(order))
+    values = 1 + jnp.arange(15).reshape(3, 5)
+    packed = packing.pack(values)
+    np.testing.assert_array_equal(packed[0, :9], one_after_another.pack(values)[0, np.array(order)])
+    np.testing.assert_array_equal(packing.unpack(packed), jnp.where(packing.padded_mask, values, 0))
+
+
+def test_an_order_names_every_token_once():
+    for order in ([0, 1, 1], [0, 1], [1, 2, 3]):
+        with pytest.raises(ValueError, match="order must hold each of 0 to 2 once"):
+            Packing.of([2, 1], order=np.array(order))
+
+
 def test_rows_without_tokens():
     """Are rows of the padded batch all the same."""
     packing = Packing.of([0, 2, 0, 1], size=4, length=2)
@@ -261,11 +286,18 @@ def opt(request):
 
 
 def check_golden(model, folder: Path):
-    """Packed logits of the real tokens against those of the original on the padded batch; what was captured."""
+    """Packed logits of the real tokens against those of the original on the padded batch; what was captured.
+
+    Those of tokens that are packed side by side by what they are too.
+    """
     golden = np.load(folder / "golden.npz")
-    tokens, packing = pack(rows_of(golden["tokens"], golden["mask"]))
-    logits, captured = run(model, tokens, packing=packing)
+    sequences = rows_of(golden["tokens"], golden["mask"])
+    tokens, packing = pack(sequences, by_token=True)
+    padded, real = packing.unpack(run(model, tokens, packing=packing)[0]), packing.padded_mask
     expected = np.concatenate(rows_of(golden["logits"], golden["mask"]))
+    np.testing.assert_allclose(np.asarray(padded)[np.asarray(real)], expected, atol=1e-4)
+    tokens, packing = pack(sequences)
+    logits, captured = run(model, tokens, packing=packing)
     np.testing.assert_allclose(np.asarray(logits)[0, : len(expected)], expected, atol=1e-4)
     assert np.isfinite(logits).all()
     return captured, packing
