@@ -368,3 +368,19 @@ def test_the_gradient_of_logits_is_that_of_a_product(dtype, bound):
         assert found.dtype == dtype
         error = np.abs(np.asarray(found, np.float64) - exact).max() / np.abs(exact).max()
         assert error < bound
+
+
+@pytest.mark.parametrize("filled", [1, 3])
+def test_padding_behind_a_row_alone_is_seen_by_nobody(filled):
+    """Between its tokens, and in a cache that has just room for them."""
+    graphdef, state = nnx.split(make(TINY))
+    step = jax.jit(lambda state, *args, **given: nnx.merge(graphdef, state)(*args, **given))
+    tokens = jnp.array([[5, 6, 7, 8]])
+    expected = step(state, tokens)
+    cache = nnx.merge(graphdef, state).init_cache(1, 4)
+    for i in range(4):
+        logits, cache = step(state, tokens[:, i : i + 1], cache=cache)
+        np.testing.assert_allclose(logits[0, 0], expected[0, i], atol=1e-5)
+        if i + 1 == filled:
+            _, cache = step(state, jnp.array([[9]]), mask=jnp.array([[False]]), cache=cache)
+            assert cache.filled.tolist() == [filled]
