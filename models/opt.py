@@ -8,7 +8,6 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
@@ -16,14 +15,12 @@ from jaxtyping import Array, Bool, Float, Int
 from models.activations import check_activation
 from models.attention import KVCache, Places, attend, place_tokens, run_layers, write_slots
 from models.config import check_dtypes, check_sizes
-from models.feed_forward import LISTED, PREDICTIONS, FeedForward, Prediction, capture, output_init
+from models.feed_forward import LISTED, PREDICTIONS, FeedForward, Prediction, output_init
+from models.layer_norm import LayerNorm
 from models.layers import embed, linear, vocabulary_logits
-from pallas_kernels.layer_norm import DEVICES, layer_norm
-from pallas_kernels.layer_norm.config import check_support
 from pallas_kernels.micro_tile_index import ROWS
 from sparsellm.packing import Packing
 from sparsellm.predictors import Predictor
-from sparsellm.sharding import sharded
 
 POSITION_OFFSET = 2  # the first two rows of the position table are padding's
 
@@ -130,54 +127,6 @@ PRESETS: dict[str, dict[str, Any]] = {
     "66b": {"layers": 64, "d_model": 9216, "heads": 72, "d_ff": 36864},
     "175b": {"layers": 96, "d_model": 12288, "heads": 96, "d_ff": 49152},
 }
-
-
-class LayerNorm(nnx.LayerNorm):
-    """Layer norm in float32, whatever it is given and gives back; with `relu`, only what is positive of it."""
-
-    def __init__(self, config: OPTConfig, *, relu: bool = False, rngs: nnx.Rngs):
-        self.relu = relu
-        super().__init__(
-            config.d_model,
-            epsilon=1e-5,
-            dtype=jnp.float32,
-            param_dtype=jnp.dtype(config.param_dtype),
-            use_fast_variance=False,
-            scale_metadata=sharded("embed"),
-            bias_metadata=sharded("embed"),
-            rngs=rngs,
-        )
-
-    def __call__(self, x: Float[Array, "*tokens d_model"]) -> Float[Array, "*tokens d_model"]:
-        return self.of_sum(x, None)[1]
-
-    def of_sum(self, x: Float[Array, "*tokens d_model"], addend: Float[Array, "*tokens d_model"] | None):
-        """x + addend (x if that is None), and its norm: in one launch where a kernel takes x."""
-        if _kernel_takes(x):
-            scale, bias = (jnp.asarray(parameter) for parameter in (self.scale, self.bias))
-            rows, added = x[:, 0], None if addend is None else addend[:, 0]
-            x, y = (a[:, None] for a in layer_norm(rows, scale, bias, added, epsilon=self.epsilon))
-        else:
-            x = x if addend is None else x + addend
-            y = super().__call__(x).astype(x.dtype)
-        if self.relu:
-            y = jax.nn.relu(y)
-            capture(self, "norm_activation", y)
-        return x, y
-
-
-def _kernel_takes(x: Float[Array, "*tokens d_model"]) -> bool:
-    """Whether x is one token a row, as while decoding, for which `layer_norm` has a kernel on this device.
-
-    Over several devices XLA's norm stays: it is cut along the batch as its input is.
-    """
-    if x.ndim != 3 or x.shape[1] != 1 or jax.sharding.get_abstract_mesh().size > 1:
-        return False
-    try:
-        check_support(x[:, 0], DEVICES)
-    except NotImplementedError:
-        return False
-    return True
 
 
 class Attention(nnx.Module):

@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple, Protocol, cast, runtime_checkable
+from typing import IO, NamedTuple, Protocol, cast, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -231,20 +231,7 @@ def train(
         if report and metrics:
             report(metrics[-1])
         with open(folder / "metrics.jsonl", "a") as file:
-            start = time.perf_counter()
-
-            def finish(step: int, values: dict[str, Array]) -> Metrics:
-                """Waits for a step; its row, also written down."""
-                nonlocal start
-                row: Metrics = {"step": step, **{name: float(x) for name, x in jax.device_get(values).items()}}
-                end = time.perf_counter()
-                row["seconds"], start = end - start, end
-                if not np.isfinite(row["loss"]):
-                    raise FloatingPointError(f"the loss must be finite; got {row['loss']} at step {step}")
-                metrics.append(row)
-                file.write(json.dumps(row) + "\n")
-                return row
-
+            journal = _Journal(file, metrics)
             running: tuple[int, dict[str, Array]] | None = None
             for step in range(done + 1, config.steps + 1):
                 state, values = train_step(
@@ -258,18 +245,46 @@ def train(
                 )
                 # One step is waited for while the next one runs: else the device is idle while the host prepares it.
                 before, running = running, (step, values)
-                rows = [] if before is None else [finish(*before)]
+                rows = [] if before is None else [journal.finish(*before)]
                 if step % config.checkpoint_steps == 0 or step == config.steps:
-                    rows, running = [*rows, finish(*running)], None
+                    rows, running = [*rows, journal.finish(*running)], None
                     file.flush()  # before the checkpoint: a checkpoint's metrics are always there
                     with uninterrupted():
                         checkpointer.save(step, _named(state))
-                    start = time.perf_counter()
+                    journal.start = time.perf_counter()  # no step's time
                 if report:
                     for row in rows:
                         report(row)
     nnx.update(model, state.params)
     return metrics
+
+
+class _Journal:
+    """Writes down what came of each step, and how long it took.
+
+    Attributes:
+        file: a line a step.
+        metrics: of all steps so far.
+        start: when the step before ended.
+    """
+
+    def __init__(self, file: IO[str], metrics: list[Metrics]):
+        self.file, self.metrics, self.start = file, metrics, time.perf_counter()
+
+    def finish(self, step: int, values: dict[str, Array]) -> Metrics:
+        """Waits for a step; its row.
+
+        Raises:
+            FloatingPointError: the loss is not finite.
+        """
+        row: Metrics = {"step": step, **{name: float(x) for name, x in jax.device_get(values).items()}}
+        end = time.perf_counter()
+        row["seconds"], self.start = end - self.start, end
+        if not np.isfinite(row["loss"]):
+            raise FloatingPointError(f"the loss must be finite; got {row['loss']} at step {step}")
+        self.metrics.append(row)
+        self.file.write(json.dumps(row) + "\n")
+        return row
 
 
 @contextlib.contextmanager

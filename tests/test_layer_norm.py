@@ -12,7 +12,7 @@ from flax import nnx
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
-from models import opt
+from models import layer_norm as norms
 from models.opt import OPT, OPTConfig
 from pallas_kernels.layer_norm import Config, candidates, layer_norm, peers, work
 from pallas_kernels.layer_norm.config import THREADS, check_fits, check_support
@@ -204,12 +204,12 @@ def test_rows_cut_over_devices():
 
 def test_opt_norms_the_same_either_way(monkeypatch):
     rng = np.random.default_rng(12)
-    norm: Any = opt.LayerNorm(CONFIG, relu=True, rngs=nnx.Rngs(0))
+    norm: Any = norms.LayerNorm(CONFIG, relu=True, rngs=nnx.Rngs(0))
     norm.scale[...], norm.bias[...] = (jnp.asarray(rng.normal(size=128), jnp.bfloat16) for _ in range(2))
     x, addend = (jnp.asarray(rng.normal(size=(3, 1, 128)), jnp.bfloat16) for _ in range(2))
     usual = norm.of_sum(x, addend)
     np.testing.assert_array_equal(usual[0], x + addend)
-    monkeypatch.setattr(opt, "check_support", lambda x, devices: None)
-    monkeypatch.setattr(opt, "layer_norm", functools.partial(layer_norm, implementation="xla"))
+    monkeypatch.setattr(norms, "check_support", lambda x, devices: None)
+    monkeypatch.setattr(norms, "layer_norm", functools.partial(layer_norm, implementation="xla"))
     for out, ref in zip((*norm.of_sum(x, addend), norm(x + addend)), (*usual, usual[1]), strict=True):
         np.testing.assert_array_equal(out, ref)
