@@ -63,6 +63,7 @@ class Config:
         warmup_steps: from 0 to the full learning rate.
         l1: weight of the activations' L1 norm: one value for a constant weight, as TwELL; several for ProSparse's
             stages, equally long, of which each ends with one.
+        dropout: share of each block's output that a training step drops.
         wikitext: a text with a row a line, to measure perplexity on by the published recipe; to compare with published
             ones, it takes OPT's tokenizer.
         sst2: a table with the columns sentence and label, for the zero-shot probe.
@@ -70,7 +71,7 @@ class Config:
         held_out: the fraction of documents to hold out.
         checkpoint_steps: steps from one checkpoint to the next.
         dtype: what is computed in; parameters and their sums are float32.
-        seed: of the initial weights, the split and the order of windows.
+        seed: of the initial weights, the split, the order of windows and what is dropped.
     """
 
     corpus: Path | None = None
@@ -86,6 +87,7 @@ class Config:
     learning_rate: float = 1e-3
     warmup_steps: int = 100
     l1: tuple[float, ...] = ()
+    dropout: float = 0.0
     wikitext: Path | None = None
     sst2: Path | None = None
     against: Path | None = None
@@ -108,6 +110,7 @@ class Config:
             learning_rate=3e-3,
             warmup_steps=5,
             l1=(1e-3, 1e-2),
+            dropout=0.1,
             checkpoint_steps=10,
             dtype="float32",
         )
@@ -142,7 +145,7 @@ def run(config: Config, run: Run) -> list[Row]:
             config.seed,
             run.folder,
             console,
-            objective=l1_objective(weight),
+            objective=l1_objective(weight, dropout_seed=config.seed),
             peak_tokens=None if gpu is None else gpu.flops / flops,
         )
         save_opt(model, run.folder / "model", overwrite=True)
@@ -181,6 +184,7 @@ def model_config(config: Config, tokens: int) -> OPTConfig:
         "max_length": config.length,
         "activation": config.activation,
         "gated": config.gated,
+        "dropout": config.dropout,
         "dtype": config.dtype,
         "init_std": 0.02,  # the paper's 0.006 takes longer to get going than there are steps here
     }
@@ -245,6 +249,7 @@ def describe(config: Config, model: OPT, data: Data, metrics: list[training.Metr
         "epochs": round(config.steps * config.batch / len(data.train), 2),
         "loss": metrics[-1]["loss"],
         "l1": list(config.l1),
+        "dropout": config.dropout,
         "density": metrics[-1]["density"],
     }
 

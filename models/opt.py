@@ -1,7 +1,7 @@
 """OPT: a decoder-only transformer with ReLU feed-forward blocks. Kept short on purpose; checkpoints: opt_checkpoint.py.
 
-Parameters carry Hugging Face's names (`layers.0.self_attn.q_proj`), so a checkpoint needs no table of names. There is
-no dropout. Source: Zhang et al., "OPT: Open Pre-trained Transformer Language Models" (2022), section 2 and table 1.
+Parameters carry Hugging Face's names (`layers.0.self_attn.q_proj`), so a checkpoint needs no table of names.
+Source: Zhang et al., "OPT: Open Pre-trained Transformer Language Models" (2022), section 2 and table 1.
 """
 
 import dataclasses
@@ -50,6 +50,8 @@ class OPTConfig:
             `models.prefill.choose_sparse_rows`).
         neuron_major: keep fc1 as [d_ff, d_model], a row for each neuron, as decoding over predicted neurons reads it.
         init_std: standard deviation of the initial weights; 0.006 is the paper's (section 2.2).
+        dropout: share of each block's output, before it is added to the residual stream, that a call with `rngs` drops;
+            the paper's is 0.1, and none of the embeddings (section 2.2).
         layer_sizes: (heads, neurons) of each layer where some were pruned (`sparsellm.pruning`); None for `heads` and
             `d_ff` everywhere. The width of a head is d_model / heads in any case.
     """
@@ -71,6 +73,7 @@ class OPTConfig:
     sparse_rows: int | None | Sequence[int | None] = None
     neuron_major: bool = False
     init_std: float = 0.006
+    dropout: float = 0.0
     layer_sizes: Sequence[Sequence[int]] | None = None
 
     def __post_init__(self):
@@ -79,6 +82,8 @@ class OPTConfig:
         if self.d_model % self.heads:
             raise ValueError(f"heads must divide d_model; got heads={self.heads}, d_model={self.d_model}")
         check_dtypes(self)
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be at least 0 and less than 1; got dropout={self.dropout}")
         if isinstance(self.sparse_rows, Sequence):
             object.__setattr__(self, "sparse_rows", tuple(self.sparse_rows))  # JSON knows lists only
             if len(self.sparse_rows) != self.layers:
@@ -185,15 +190,27 @@ class DecoderLayer(FeedForward):
         super().__init__(config, layer, rngs=rngs)
         self.final_layer_norm = LayerNorm(config, relu=config.norm_relu, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "batch length d_model"], places: Places, slots, before=None):
+    def __call__(
+        self,
+        x: Float[Array, "batch length d_model"],
+        places: Places,
+        slots,
+        before=None,
+        rngs: nnx.Rngs | None = None,
+    ):
         """Returns the layer's output, and the keys and values of all slots; `before` entered the layer before."""
         pre_norm, entering = self.config.pre_norm, x
         entered = x if before is None else before, x
         y, slots = self.self_attn(self.self_attn_layer_norm(x) if pre_norm else x, places, slots, entered)
+        y = self._dropped(y, rngs)
         x, normed = (self.final_layer_norm if pre_norm else self.self_attn_layer_norm).of_sum(x, y)
-        y = self.feed_forward(normed, places.mask, entering)
+        y = self._dropped(self.feed_forward(normed, places.mask, entering), rngs)
         x = x + y if pre_norm else self.final_layer_norm.of_sum(normed, y)[1]
         return x, slots
+
+    def _dropped(self, y: Float[Array, "batch length d_model"], rngs: nnx.Rngs | None):
+        """A block's output, with dropout where there are `rngs`."""
+        return y if rngs is None else nnx.Dropout(self.config.dropout)(y, deterministic=False, rngs=rngs)
 
 
 class OPT(nnx.Module):
@@ -226,6 +243,7 @@ class OPT(nnx.Module):
         mask: Bool[Array, "batch length"] | None = None,
         packing: Packing | None = None,
         cache: KVCache | None = None,
+        rngs: nnx.Rngs | None = None,
     ):
         """Logits of the token after each token.
 
@@ -237,6 +255,7 @@ class OPT(nnx.Module):
                 `sparsellm.packing.pack`.
             cache: what `init_cache` or the last call returned; `tokens` go into its next slots. Slots past its end
                 are not checked: the caller keeps count.
+            rngs: whose stream "dropout" says what `config.dropout` drops, while training; None drops nothing.
 
         Returns:
             Logits, float32 [batch, length, vocab]; with a cache, the pair of logits and the new cache.
@@ -244,7 +263,7 @@ class OPT(nnx.Module):
         Raises:
             ValueError: there are more tokens than positions, and no mask; or a mask and a packing.
         """
-        hidden, new_cache = self.hidden_states(tokens, mask=mask, packing=packing, cache=cache)
+        hidden, new_cache = self.hidden_states(tokens, mask=mask, packing=packing, cache=cache, rngs=rngs)
         logits = self.logits(hidden)
         return logits if cache is None else (logits, new_cache)
 
@@ -255,6 +274,7 @@ class OPT(nnx.Module):
         mask: Bool[Array, "batch length"] | None = None,
         packing: Packing | None = None,
         cache: KVCache | None = None,
+        rngs: nnx.Rngs | None = None,
     ) -> tuple[Float[Array, "batch length d_model"], KVCache | None]:
         """What `logits` turns into logits, and the new cache; arguments as of a call."""
         if mask is None and packing is None and tokens.shape[1] > self.config.max_length:
@@ -268,7 +288,7 @@ class OPT(nnx.Module):
 
         def layer(i, x, slots):
             entered.append(x)
-            return self.layers[i](x, places, slots, entered[max(i - 1, 0)])
+            return self.layers[i](x, places, slots, entered[max(i - 1, 0)], rngs)
 
         x, new_cache = run_layers(layer, len(self.layers), x, places, cache)
         x = self.final_layer_norm(x) if self.config.pre_norm else x

@@ -30,6 +30,7 @@ FIELDS = {
     "max_length": "max_position_embeddings",
     "pre_norm": "do_layer_norm_before",
     "activation": "activation_function",
+    "dropout": "dropout",
 }
 # What this OPT is; a checkpoint that says otherwise (Galactica has no biases) is another model.
 FIXED = {
@@ -39,7 +40,7 @@ FIXED = {
     "tie_word_embeddings": True,
 }
 SPECIAL_TOKENS = {"bos_token_id": 2, "eos_token_id": 2, "pad_token_id": 1}
-NO_DROPOUT = {"dropout": 0.0, "attention_dropout": 0.0, "layerdrop": 0.0}
+NO_OTHER_DROPOUT = {"attention_dropout": 0.0, "layerdrop": 0.0}
 REQUIRED = ("layers", "d_model", "heads", "d_ff")
 
 
@@ -95,7 +96,7 @@ def _write_config(config: OPTConfig) -> dict[str, Any]:
         )
     fields = {theirs: getattr(config, ours) for ours, theirs in FIELDS.items()}
     fields["word_embed_proj_dim"] = config.embed_dim or config.d_model
-    return fields | FIXED | SPECIAL_TOKENS | NO_DROPOUT | {"init_std": config.init_std}
+    return fields | FIXED | SPECIAL_TOKENS | NO_OTHER_DROPOUT | {"init_std": config.init_std}
 
 
 def _read_config(config: dict[str, Any]) -> dict[str, Any]:

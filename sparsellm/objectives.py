@@ -45,7 +45,7 @@ def next_token_objective(
 
 
 @functools.cache  # jit knows an objective by identity: the same weight compiles one step
-def l1_objective(weight: optax.Schedule) -> Objective:
+def l1_objective(weight: optax.Schedule, dropout_seed: int | None = None) -> Objective:
     """The mean cross-entropy + weight(step) * the L1 norm of the feed-forward activations, which makes them sparse.
 
     The norm is that of a token in a layer, summed over neurons, averaged over tokens and layers: it does not change
@@ -54,6 +54,8 @@ def l1_objective(weight: optax.Schedule) -> Objective:
 
     Args:
         weight: of the steps before this one; `optax.constant_schedule(2e-5)` is TwELL's, `sine_stages` ProSparse's.
+        dropout_seed: for a model that is called with `rngs`, to train it with its dropout (see `dropout_rngs`), which
+            the metrics then show too; None for a model as it is.
 
     Source: Cetin et al., "Sparser, Faster, Lighter Transformer Language Models" (TwELL, ICML'26), section 2.2, as their
     code has it, with the weight of 2e-5; their equation 2 also divides by the number of neurons. Song et al.,
@@ -61,7 +63,8 @@ def l1_objective(weight: optax.Schedule) -> Objective:
     """
 
     def objective(model: nnx.Module, windows: Int32[Array, "batch length_plus_1"], step: Int[Array, ""]):
-        logits, captured = nnx.capture(model, nnx.Intermediate)(windows[:, :-1])
+        options = {} if dropout_seed is None else {"rngs": dropout_rngs(dropout_seed, windows, step)}
+        logits, captured = nnx.capture(model, nnx.Intermediate)(windows[:, :-1], **options)
         loss = next_token_loss(logits, windows[:, 1:])
         activations = ffn_activations(captured)
         l1 = _mean(jnp.abs(h).astype(jnp.float32).sum(axis=-1).mean() for h in activations)
@@ -71,6 +74,16 @@ def l1_objective(weight: optax.Schedule) -> Objective:
         return loss + factor * l1, {"loss": loss, "l1": l1, "l1_weight": factor, "density": density}
 
     return objective
+
+
+def dropout_rngs(seed: int, windows: Int32[Array, "batch length_plus_1"], step: Int[Array, ""] | int) -> nnx.Rngs:
+    """What to drop in a step: a function of the seed, the step and the windows alone.
+
+    So a training that is continued drops the same. The micro-batches of a step do not, but for chance: the sum of their
+    tokens tells them apart.
+    """
+    key = jax.random.fold_in(jax.random.key(seed), step)
+    return nnx.Rngs(dropout=jax.random.fold_in(key, windows.sum(dtype=jnp.int32)))
 
 
 def ffn_activations(captured: Any) -> list[Float[Array, "tokens d_ff"]]:

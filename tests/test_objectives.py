@@ -56,18 +56,27 @@ def reference(values: dict[str, Any], tokens: np.ndarray, weight: float):
     return loss + weight * l1, loss, l1, density
 
 
+def opt(dropout: float) -> OPT:
+    config = OPTConfig(
+        vocab_size=VOCAB, layers=1, d_model=8, heads=2, d_ff=16, max_length=9, init_std=0.3, dropout=dropout
+    )
+    return OPT(config, rngs=nnx.Rngs(0))
+
+
 def test_the_gradient_adds_up_tokens_without_a_scatter():
     """Whose order is not determined on a GPU; against numpy's own scatter, with tokens that occur often."""
-    model = OPT(OPTConfig(vocab_size=11, layers=1, d_model=8, heads=2, d_ff=16, max_length=9), rngs=nnx.Rngs(0))
+    model = opt(dropout=0.1)
     graphdef, params = nnx.split(model, nnx.Param)
     windows = jnp.asarray(np.random.default_rng(0).integers(0, 4, (3, 9)), jnp.int32)
+    dropping = objectives.l1_objective(optax.constant_schedule(0.1), dropout_seed=0)
+    for objective in (objectives.next_token_objective, dropping):
 
-    def loss(params):
-        return objectives.next_token_objective(nnx.merge(graphdef, params), windows, 0)[0]
+        def loss(params, objective=objective):
+            return objective(nnx.merge(graphdef, params), windows, jnp.int32(0))[0]
 
-    assert "scatter" not in str(jax.make_jaxpr(jax.grad(loss))(params))
-    table, weights = np.random.default_rng(1).normal(size=(2, 11, 8)).astype(np.float32)
-    ids = np.array([[3, 3, 0], [10, 3, 0]], np.int32)
+        assert "scatter" not in str(jax.make_jaxpr(jax.grad(loss))(params))
+    table, weights = np.random.default_rng(1).normal(size=(2, VOCAB, 8)).astype(np.float32)
+    ids = np.array([[3, 3, 0], [12, 3, 0]], np.int32)
     embed = model.embed_tokens
     embed.embedding[...] = jnp.asarray(table)
     gradient = nnx.grad(lambda embed: (embed(jnp.asarray(ids)) * weights[ids]).sum())(embed).embedding[...]
@@ -75,7 +84,7 @@ def test_the_gradient_adds_up_tokens_without_a_scatter():
     np.add.at(expected, ids, weights[ids])
     np.testing.assert_allclose(gradient, expected, atol=1e-6)
     np.testing.assert_array_equal(embed(jnp.asarray(ids)), table[ids])
-    assert np.isnan(embed(jnp.asarray([11]))).all()
+    assert np.isnan(embed(jnp.asarray([VOCAB]))).all()
 
 
 def test_the_l1_objective_is_numpys_and_so_is_its_gradient():
@@ -102,6 +111,25 @@ def test_the_l1_objective_is_numpys_and_so_is_its_gradient():
                 moved.flat[index] += sign * 1e-5
                 difference += sign * reference(values | {name: moved}, batch, 0.04)[0] / 2e-5
             assert np.asarray(found[...]).flat[index] == pytest.approx(difference, rel=1e-3, abs=1e-5)
+
+
+def test_what_is_dropped_is_a_function_of_the_step_and_the_windows():
+    """Which a training that is continued has again, and but the next step, and the next micro-batch, does not."""
+    graphdef, params = nnx.split(opt(dropout=0.5))
+    batch = jnp.asarray(windows())
+
+    @jax.jit(static_argnames="seed")
+    def loss(windows, step, seed=0):
+        objective = objectives.l1_objective(optax.constant_schedule(0.0), dropout_seed=seed)
+        return objective(nnx.merge(graphdef, params), windows, step)[0]
+
+    found = [loss(batch, jnp.int32(step)) for step in (0, 1, 1, 2)]
+    assert found[1] == found[2] and len({*map(float, found), float(loss(batch, jnp.int32(1), seed=1))}) == 4
+    plain, _ = objectives.next_token_objective(nnx.merge(graphdef, params), batch, 0)
+    assert loss(batch, jnp.int32(1), seed=None) == pytest.approx(float(plain), rel=1e-6)
+    parts = [batch[:2], batch[2:], -batch, jnp.full_like(batch, 2**31 - 1)]  # whatever their sum is
+    drawn = [objectives.dropout_rngs(0, part, step).dropout() for part in parts for step in (0, 1)]
+    assert len({tuple(np.asarray(jax.random.key_data(key))) for key in drawn}) == 8
 
 
 def test_activations_are_found_in_the_order_of_the_layers():

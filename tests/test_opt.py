@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -312,6 +313,9 @@ def test_sharded_over_four_devices(tmp_path):
     [
         ({"heads": 3}, "heads must divide d_model; got heads=3, d_model=22"),
         ({"layers": 0}, "layers must be an integer of at least 1; got layers=0"),
+        ({"dropout": 1.0}, "dropout must be at least 0 and less than 1; got dropout=1.0"),
+        ({"dropout": -0.1}, "dropout must be at least 0"),
+        ({"dropout": math.nan}, "dropout must be at least 0"),
         ({"d_ff": "96"}, "d_ff must be an integer of at least 1; got d_ff='96'"),
         ({"embed_dim": -3}, "embed_dim must be an integer of at least 1; got embed_dim=-3"),
         ({"activation": "tanh"}, "activation must be one of relu, gelu, silu, shifted_relu, drelu; got 'tanh'"),
@@ -368,6 +372,65 @@ def test_the_gradient_of_logits_is_that_of_a_product(dtype, bound):
         assert found.dtype == dtype
         error = np.abs(np.asarray(found, np.float64) - exact).max() / np.abs(exact).max()
         assert error < bound
+
+
+class Sum(nnx.Module):
+    """In place of a norm: nothing but the sum before it."""
+
+    def __call__(self, x):
+        return x
+
+    def of_sum(self, x, addend):
+        return x + addend, x + addend
+
+
+@pytest.mark.parametrize("pre_norm", [True, False])
+def test_dropout_of_each_block_by_its_digits(pre_norm):
+    """Where block i gives 4^i for every token, without norms, the digits of the hidden states are the masks."""
+    model: Any = make(dataclasses.replace(TINY, layers=2, d_model=64, pre_norm=pre_norm, dropout=0.25))
+    nnx.update(model, jax.tree.map(jnp.zeros_like, nnx.state(model)))
+    model.embed_tokens.embedding[...] += 0.125
+    model.final_layer_norm = Sum()
+    for i, layer in enumerate(model.layers):
+        layer.self_attn_layer_norm, layer.final_layer_norm = Sum(), Sum()
+        for block, linear in enumerate((layer.self_attn.out_proj, layer.fc2)):
+            linear.bias[...] += 4.0 ** (2 * i + block)
+    graphdef, state = nnx.split(model)
+    tokens = jnp.ones((4, 25), jnp.int32)
+
+    @jax.jit
+    def hidden(state, key=None):
+        rngs = None if key is None else nnx.Rngs(dropout=key)
+        return nnx.merge(graphdef, state).hidden_states(tokens, rngs=rngs)[0]
+
+    assert (hidden(state) == 0.125 + 1 + 4 + 16 + 64).all()
+    found, again, other = (np.asarray(hidden(state, jax.random.key(seed)), np.float64) for seed in (0, 0, 1))
+    np.testing.assert_array_equal(found, again)
+    kept = (found - 0.125) * 0.75  # what is kept is divided by its share, so that the mean stays
+    digits = np.stack([kept.round(3) // 4**i % 4 for i in range(4)])
+    np.testing.assert_allclose(kept, np.einsum("i...,i->...", digits, 4.0 ** np.arange(4)), atol=1e-4)
+    masks = np.stack([*digits, *(((other - 0.125) * 0.75).round(3) // 4**i % 4 for i in range(4))])
+    assert set(masks.ravel()) == {0, 1}
+    blocks, vectors = masks.reshape(8, -1), masks.reshape(-1, 64)
+    np.testing.assert_allclose(blocks.mean(axis=1), 0.75, atol=5 * (0.25 * 0.75 / blocks.shape[1]) ** 0.5)
+    np.testing.assert_allclose(np.corrcoef(blocks), np.eye(8), atol=0.07)  # no block's is another's, ...
+    assert len(np.unique(vectors, axis=0)) == len(vectors)  # no token's, ...
+    assert len(np.unique(vectors.T, axis=0)) == 64  # and no feature's
+
+
+def test_dropout_of_nothing_or_without_rngs_changes_no_bit(model, batch):
+    tokens, mask = batch
+    dropping = with_config(model, dropout=0.5)
+
+    @jax.jit(static_argnums=0)
+    def with_rngs(graphdef, state):
+        return nnx.merge(graphdef, state)(tokens, mask=mask, rngs=nnx.Rngs(0))
+
+    expected = run(*nnx.split(model), tokens, mask)
+    np.testing.assert_array_equal(run(*nnx.split(dropping), tokens, mask), expected)
+    np.testing.assert_array_equal(with_rngs(*nnx.split(model)), expected)
+    assert not np.allclose(with_rngs(*nnx.split(dropping))[mask], expected[mask], atol=0.1)
+    assert all(type(variable) is nnx.Param for _, variable in nnx.to_flat_state(nnx.state(dropping)))
 
 
 @pytest.mark.parametrize("filled", [1, 3])

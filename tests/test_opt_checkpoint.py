@@ -1,5 +1,6 @@
 """OPT to and from folders: sparsellm/huggingface.py and models/opt_checkpoint.py."""
 
+import dataclasses
 import json
 import os
 import sys
@@ -55,6 +56,18 @@ def test_native_model_comes_back_sparse_and_in_bfloat16(tmp_path):
     assert loaded.config.sparse_rows == 8 and loaded.config.param_dtype == loaded.config.dtype == "bfloat16"
     fc1 = model.layers[0].fc1.kernel[...].astype(jnp.bfloat16)
     np.testing.assert_array_equal(loaded.layers[0].fc1.kernel[...], fc1)
+
+
+def test_dropout_is_kept_in_both_formats(tmp_path):
+    """As transformers calls it, whose OPT drops the same outputs; a config.json that says nothing of it drops none."""
+    model = make(dataclasses.replace(CONFIG, dropout=0.1))
+    save_opt(model, tmp_path / "native")
+    save_hf(model, tmp_path / "hf")
+    assert load_opt(tmp_path / "native").config.dropout == load_opt(tmp_path / "hf").config.dropout == 0.1
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert [config.pop(name) for name in ("dropout", "attention_dropout", "layerdrop")] == [0.1, 0, 0]
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(config))
+    assert load_opt(tmp_path / "hf").config.dropout == 0
 
 
 def test_a_checkpoint_of_something_else(tmp_path):

@@ -97,7 +97,7 @@ def test_an_interrupted_run_ends_the_same_to_the_bit(finished, tmp_path):
     """As a training that was not; `test_training` kills processes."""
     config, data = pretrain.Config.smoke(), language_models.load(finished)
     model = OPT(pretrain.model_config(config, 320), rngs=nnx.Rngs(0))
-    objective = l1_objective(pretrain.l1_weight(config))
+    objective = l1_objective(pretrain.l1_weight(config), dropout_seed=0)
     recipe = pretrain.training_config(config)
     expected = language_models.train(model, data.train, recipe, 0, tmp_path, Console(quiet=True), objective=objective)
     _, *steps = read_rows(finished)
