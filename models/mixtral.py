@@ -17,6 +17,7 @@ from models.config import check_dtypes, check_sizes
 from models.layers import RMSNorm, embed, linear, vocabulary_logits
 from sparsellm.mixture_of_experts import LinearRouter, MixtureOfExperts, RouterRule
 from sparsellm.packing import Packing
+from sparsellm.unstructured import apply_all
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -132,8 +133,8 @@ class Attention(nnx.Module):
     def __call__(self, x: Float[Array, "batch length d_model"], places: Places, slots):
         """Attends from each token to the visible slots; returns the output, and keys and values of all slots."""
         q, k, v = (
-            proj(x).reshape(*x.shape[:2], -1, self.config.head_width)
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
+            y.reshape(*x.shape[:2], -1, self.config.head_width)
+            for y in apply_all((self.q_proj, self.k_proj, self.v_proj), x)
         )
         q, k = (rotate(x, places.positions, self.config.rope_theta) for x in (q, k))
         (k, v), slots = write_slots(slots, k, v, places)

@@ -21,6 +21,7 @@ from models.layers import embed, linear, vocabulary_logits
 from pallas_kernels.micro_tile_index import ROWS
 from sparsellm.packing import Packing
 from sparsellm.predictors import Predictor
+from sparsellm.unstructured import apply_all
 
 POSITION_OFFSET = 2  # the first two rows of the position table are padding's
 
@@ -164,7 +165,8 @@ class Attention(nnx.Module):
         Returns:
             The output, and the keys and values of all slots.
         """
-        q, k, v = (proj(x).reshape(*x.shape[:2], self.heads, -1) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        projections = apply_all((self.q_proj, self.k_proj, self.v_proj), x)
+        q, k, v = (y.reshape(*x.shape[:2], self.heads, -1) for y in projections)
         (k, v), slots = write_slots(slots, k, v, places)
         needed = self._predicted(places, *entered)
         if needed is not None and self.prediction == "lists":

@@ -21,7 +21,8 @@ from models import OPT, Mixtral, MixtralConfig, OPTConfig, load_mixtral, load_op
 from sparsellm.generation import generate
 from sparsellm.mixture_of_experts import LinearRouter, MixtureOfExperts, RouterRule
 from sparsellm.pruning import METHODS, prune
-from sparsellm.unstructured import Treatment, UnstructuredLinear, check_layers, compress, compressed_layers
+from sparsellm.unstructured import Treatment, UnstructuredLinear, apply_all, check_layers, compress, compressed_layers
+from sparsellm.unstructured import linear as linear_module
 
 ROOT = Path(__file__).parents[1]
 OPT_TINY = OPTConfig(vocab_size=61, layers=2, d_model=24, heads=2, d_ff=24, max_length=64, init_std=0.3)
@@ -111,6 +112,26 @@ def test_nan_among_the_weights_is_kept():
 def test_code_that_multiplies_by_the_kernel_itself_is_told(compressed):
     with pytest.raises(TypeError, match="a compressed layer has no dense kernel: call the layer"):
         print(compressed.layers[0].fc1.kernel)
+
+
+def test_alike_layers_of_one_x_are_multiplied_at_once(monkeypatch):
+    """Dense ones, and those that differ in shape or in how values are stored, are called one by one, in any order."""
+    rng, x, together = np.random.default_rng(0), np.random.default_rng(1).normal(size=(2, 3, 24)), []
+    widths = (16, 16, 24, 16, 16)
+    kernels = [rng.normal(size=(24, n)).astype(np.float32) * (rng.random((24, n)) < 0.3) for n in widths]
+    layers: list[Any] = [linear(w, bias=i != 3) for i, w in enumerate(kernels)]
+    biases = [0 if layer.bias is None else np.asarray(layer.bias[...]) for layer in layers]
+    layers[1:4] = [UnstructuredLinear.from_linear(layer) for layer in layers[1:4]]
+    layers[0] = UnstructuredLinear.from_linear(layers[0])
+    layers += [UnstructuredLinear.from_linear(linear(kernels[0], bias=False), value_dtype="int8")]
+    multiply = linear_module.unstructured_matmuls
+    monkeypatch.setattr(linear_module, "unstructured_matmuls", lambda *a: (together.append(len(a[0])), multiply(*a))[1])
+    outputs = apply_all(layers, jnp.asarray(x, jnp.float32))
+    assert sorted(together) == [1, 1, 3]
+    for y, w, bias in zip(outputs[:5], kernels, biases, strict=True):
+        np.testing.assert_allclose(y, x @ w + bias, atol=1e-5)
+    np.testing.assert_allclose(outputs[5], x @ kernels[0], atol=0.1)
+    assert apply_all([], jnp.ones((1, 24))) == []
 
 
 # Rules
@@ -442,7 +463,7 @@ from models import OPT, OPTConfig, save_opt
 from sparsellm.generation import generate
 from sparsellm.mixture_of_experts import LinearRouter, MixtureOfExperts, RouterRule
 from sparsellm.sharding import abstract_model
-from sparsellm.unstructured import Treatment, compress, compressed_layers
+from sparsellm.unstructured import Treatment, apply_all, compress, compressed_layers
 
 config = OPTConfig(vocab_size=64, layers=1, d_model=32, heads=4, d_ff=32, max_length=64, init_std=0.3)
 mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
@@ -471,6 +492,10 @@ for name, layer in compressed_layers(model):
     assert (layer.in_features, layer.out_features) == kernel.shape
     for array in jax.tree.leaves(layer.weights):
         assert array.addressable_shards[0].data.shape[0] == 1 and array.shape[0] == 4, array.sharding
+alike = [(m.layers[0].fc2, m.layers[0].self_attn.out_proj) for m in (model, dense)]  # cut along their inputs
+x = jax.random.normal(jax.random.key(0), (2, 32))
+for y, layer in zip(apply_all(alike[0], x), alike[1], strict=True):
+    np.testing.assert_allclose(y, layer(x), atol=1e-5)
 (text,) = generate(model, [[2, 3]], max_new_tokens=4, eos_id=-1)
 tokens = np.asarray([[2, 3, *text]] * 2, np.int32)
 expected, out = (nnx.jit(lambda model: model(tokens))(m) for m in (dense, model))

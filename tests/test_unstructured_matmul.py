@@ -1,5 +1,6 @@
 import contextlib
 import dataclasses
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -19,11 +20,13 @@ from pallas_kernels.unstructured_matmul import (
     pipelines,
     reference,
     unstructured_matmul,
+    unstructured_matmuls,
     warp,
     work,
 )
-from pallas_kernels.unstructured_matmul.config import tiles
-from pallas_kernels.unstructured_matmul.mosaic import divide, expand, for_wgmma, from_wgmma
+from pallas_kernels.unstructured_matmul.config import QUAD
+from pallas_kernels.unstructured_matmul.division import Part
+from pallas_kernels.unstructured_matmul.mosaic import by_column, divide, expand
 
 SHAPE = (100, 1100)  # no multiple of a strip, a run, a block or a section; two runs, and three sections a strip
 
@@ -208,6 +211,12 @@ def test_bad_arguments_are_refused(compressed, unchecked):
     ):
         with pytest.raises(ValueError, match=message):
             unstructured_matmul(**({"weights": weights, "x": x} | wrong))  # pyright: ignore[reportArgumentType]
+    eight_bit = dataclasses.replace(weights, values=weights.values.astype(jnp.int8), scales=jnp.ones(100))
+    for other, got in ((eight_bit, r"of bfloat16, .* of int8"), (dataclasses.replace(weights, shape=(99, 1100)), "99")):
+        with pytest.raises(ValueError, match=f"weights must be of one shape, dtype and dtype of values; got .*{got}"):
+            unstructured_matmuls([weights, other], x)
+    with pytest.raises(ValueError, match="weights must be one at least, with a bias or None each; got 1, 2"):
+        unstructured_matmuls([weights], x, [None, None])
     with pytest.raises(ValueError, match="value_dtype must be"):
         UnstructuredWeights.from_dense(x, "int4")
     with pytest.raises(ValueError, match="w must be a matrix"):
@@ -218,17 +227,9 @@ def test_bad_arguments_are_refused(compressed, unchecked):
         jax.grad(lambda x: unstructured_matmul(weights, x).sum(dtype=jnp.float32))(x)
 
 
-def test_x_lies_as_the_b_operand_of_wgmma():
-    """By the PTX manual's canonical layout, K-major, no swizzle: one element by its strides, and all of them back."""
-    x = np.arange(128 * 13).reshape(128, 13).astype(np.uint16)
-    cores = np.asarray(for_wgmma(jnp.asarray(x), 2))
-    block, core, row, column, tiles = 1, 7, 3, 11, 2  # k = 64 + 7 * 8 + 3
-    offset = block * 64 * 8 * tiles + core * 64 * tiles + column // 8 * 64 + column % 8 * 8 + row
-    assert cores.reshape(-1)[offset] == x[123, 11]
-    np.testing.assert_array_equal(from_wgmma(jnp.asarray(cores)), np.pad(x, ((0, 0), (0, 3))))
-
-
-MACHINE_OPERATIONS = ("begin_barriers", "expect", "copy", "wait", "load_half", "multiply_block")
+MACHINE_OPERATIONS = (
+    "begin_barriers", "expect", "copy", "wait", "copy_chunk", "wait_for_chunks", "load_half", "multiply_block"
+)  # fmt: skip
 
 
 class Machine:
@@ -241,6 +242,7 @@ class Machine:
         self.phases: dict[int, int] = {}  # that have begun, by barrier
         self.expected: dict[int, int] = {}
         self.pending: dict[int, list] = {}
+        self.chunks: dict[int, list] = {}  # that a thread has not waited for
 
     def allocate(self, words: int) -> int:
         start, self.size = self.size, self.size + 4 * words
@@ -284,6 +286,25 @@ class Machine:
             assert self.phases[own] == int(number(phase)[thread]) + 1, "a wait for ever, or for a phase long over"
             assert self.expected[own] == 0
             self.land(own)
+
+    def copy_chunk(self, source, index, elements, to, bytes_on, there):
+        copied = np.ones_like(lanes.BLOCK.threads) if there is None else number(there)
+        for thread in self.active():
+            start, place = 2 * (int(number(index)[thread]) + elements), int(number(to)[thread]) + bytes_on
+            assert place % 16 == 0 and (not copied[thread] or start % 16 == 0)
+            data = source.bytes[start : start + 16] if copied[thread] else np.zeros(16, np.uint8)
+            assert data.size == 16, "read past the end"
+            self.chunks.setdefault(int(thread), []).append((place, data))
+            if not self.lands_late:
+                self.land_chunks(thread)
+
+    def land_chunks(self, thread):
+        for place, data in self.chunks.pop(int(thread), []):
+            self.bytes[place : place + 16] = data
+
+    def wait_for_chunks(self):
+        for thread in self.active():
+            self.land_chunks(thread)
 
     def load_half(self, address, offset):
         places = unsigned(address) + offset
@@ -363,7 +384,9 @@ def on_numpy(machine: Machine):
         **{name: getattr(machine, name) for name in MACHINE_OPERATIONS},
         **{f.__name__: f for f in (dot_bytes, permute_bytes, rotate_right)},
         "address_of": lambda address: Int(address),
+        "choose": lambda arrays, chosen: arrays[np.unique(number(chosen)).item()],
         "warp_barrier": lambda: None,
+        "prefetch": lambda *_: None,
     }  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         for name, stand_in in lanes.STAND_INS.items():
@@ -385,13 +408,59 @@ def on_numpy(machine: Machine):
 )
 def test_device_code_on_numpy_lanes(compressed, pattern, n, blocks, warpgroups, lands_late, unchecked, getkey):
     """Every thread's code, with its ring, its barriers and its bits: sums as of the dense product."""
-    weights, config = compressed[pattern], Config(warpgroups=warpgroups, pieces=4 + blocks % 3)
+    config = Config(warpgroups=warpgroups, pieces=4 + blocks % 3)
     x = jax.random.normal(getkey(), (1100, n), jnp.bfloat16)
-    division = divide(weights, n, config, blocks)
-    out = np.full((division.slots, division.strips * layout.STRIP, tiles(n) * 8), np.nan, np.float32)
-    slots = run_on_numpy(device.multiply, division, weights, [for_wgmma(x, division.padded_blocks)], out, lands_late)
-    sums = slots.sum(axis=0)[:100, :n]
-    assert relative_error(sums, matrix(pattern).astype(np.float64) @ np.asarray(x, np.float64)) < 1e-5
+    sums = sums_on_numpy([compressed[pattern]], x, config, blocks, lands_late)
+    assert relative_error(sums[0], matrix(pattern).astype(np.float64) @ np.asarray(x, np.float64)) < 1e-5
+
+
+def sums_on_numpy(weights, x, config: Config, blocks: int, lands_late: bool) -> np.ndarray:
+    """W x of each matrix."""
+    division = divide(weights, x.shape[1], config, blocks)
+    shape = (division.slots, len(weights), division.tiles * 8, division.strips * layout.STRIP)
+    slots = run_on_numpy(
+        device.multiply, division, weights, [by_column(x)], np.full(shape, np.nan, np.float32), lands_late
+    )
+    return slots.sum(axis=0)[:, : x.shape[1], : weights[0].shape[0]].swapaxes(1, 2)
+
+
+@pytest.mark.parametrize(("blocks", "warpgroups", "lands_late"), [(2, 3, True), (5, 1, False)])
+def test_device_code_of_several_matrices_on_numpy_lanes(compressed, blocks, warpgroups, lands_late, unchecked, getkey):
+    """Of different densities, empty and full among them; a block goes on from one to the next."""
+    patterns = ("half", "empty", "full")
+    x = jax.random.normal(getkey(), (1100, 5), jnp.bfloat16)
+    weights = [compressed[pattern] for pattern in patterns]
+    assert len({matrix.values.shape for matrix in weights}) > 1
+    config = Config(warpgroups=warpgroups, pieces=4)
+    division = divide(weights, 5, config, blocks)
+    assert division.units % (division.own_groups * division.sections)
+    sums = sums_on_numpy(weights, x, config, blocks, lands_late)
+    for pattern, y in zip(patterns, sums, strict=True):
+        assert relative_error(y, matrix(pattern).astype(np.float64) @ np.asarray(x, np.float64)) < 1e-5
+
+
+@pytest.mark.parametrize(("n", "warpgroups"), [(13, 1), (8, 3)])
+def test_x_lies_as_the_b_operand_of_wgmma(n, warpgroups, compressed, unchecked):
+    """By the PTX manual's canonical layout, K-major, no swizzle: each element of a second stage by its strides."""
+    x = np.arange(1100 * n).reshape(1100, n).astype(np.uint16)
+    division = divide([compressed["half"]], n, Config(warpgroups=warpgroups, pieces=5), 1)
+    assert division.stage_blocks == 16
+    machine, part_of, stages_of = Machine(lands_late=True), cast(Any, Part.of), cast(Any, pipelines.Stages)
+    lanes.BLOCK = lanes.Block(division.threads)
+    with on_numpy(machine):
+        place = machine.allocate(2 * 16 * division.tiles * 256)
+        part, source = part_of(division, Int(0), Int(1)), Gmem(np.asarray(by_column(jnp.asarray(x))))
+        stages = stages_of(division, part, source, Int(place), Int(2))
+        for stage in range(3):  # of which the last is none
+            stages.copy(Int(stage))
+            stages.wait()
+    tiles = division.tiles
+    second = machine.bytes[place + 16 * tiles * 1024 :][: 16 * tiles * 1024].view(np.uint16)
+    rows, columns = np.meshgrid(np.arange(1024, (18 + -18 % QUAD) * 64), np.arange(8 * tiles), indexing="ij")
+    k, expected = rows - 1024, np.pad(x, ((0, 2048 - 1100), (0, 8 * tiles - n)))[rows, columns]
+    offsets = k // 8 * 64 * tiles + columns // 8 * 64 + columns % 8 * 8 + k % 8
+    np.testing.assert_array_equal(second[offsets], expected)
+    assert (np.delete(second, offsets) == 0x7F7F).all(), "more than the part's quads is copied"
 
 
 @pytest.mark.parametrize(
@@ -400,15 +469,15 @@ def test_device_code_on_numpy_lanes(compressed, pattern, n, blocks, warpgroups, 
 def test_device_code_that_expands_on_numpy_lanes(compressed, pattern, blocks, lands_late, unchecked):
     """The dense matrix, to the bit; each word of it is written once."""
     weights = compressed[pattern]
-    division = divide(weights, 0, Config(warpgroups=1, pieces=4 + blocks % 2), blocks)
+    division = divide([weights], 0, Config(warpgroups=1, pieces=4 + blocks % 2), blocks)
     out = np.zeros((division.strips * layout.STRIP, division.blocks * layout.BLOCK // 2), np.uint32)
-    dense = run_on_numpy(device.expand, division, weights, [], out, lands_late)
+    dense = run_on_numpy(device.expand, division, [weights], [], out, lands_late)
     np.testing.assert_array_equal(dense.view(jnp.bfloat16)[:100, :1100], matrix(pattern))
 
 
 def run_on_numpy(kernel, division, weights, more, out: np.ndarray, lands_late: bool) -> np.ndarray:
     """What all blocks of a kernel write."""
-    arrays = [weights.values, weights.masks, weights.rows, weights.lags, *more]
+    arrays = [*(getattr(w, name) for name in ("values", "masks", "rows", "lags") for w in weights), *more]
     inputs, written = [Gmem(np.asarray(a)) for a in arrays], Gmem(out)
     for block in range(division.grid):
         machine = Machine(lands_late)
@@ -416,7 +485,7 @@ def run_on_numpy(kernel, division, weights, more, out: np.ndarray, lands_late: b
         with on_numpy(machine):
             smem = {name: machine.allocate(words) for name, words in pipelines.shared_memory(division).items()}
             kernel(division, Int(block), inputs, [written], smem)
-        assert not machine.pending, "a copy that nobody waited for"
+        assert not machine.pending and not machine.chunks, "a copy that nobody waited for"
     assert (written.times_written == 1).all()
     return written.flat.reshape(out.shape)
 
@@ -429,6 +498,55 @@ def test_patterns_on_a_gpu(compressed, pattern, config, getkey):
     out = unstructured_matmul(compressed[pattern], x, config=config, implementation="mosaic_gpu")
     assert (expand(compressed[pattern], config, interpret=False) == matrix(pattern)).all()
     assert relative_error(out, matrix(pattern).astype(np.float64) @ np.asarray(x, np.float64)) < 5e-3
+
+
+@pytest.mark.parametrize(
+    ("n", "implementation"),
+    [(7, "xla"), (7, "interpret"), *(pytest.param(n, "mosaic_gpu", marks=pytest.mark.gpu) for n in (7, 70))],
+)
+def test_several_matrices_at_once(compressed, n, implementation, getkey):
+    """As each by itself, with and without a bias: the last group of strips of each is not full."""
+    patterns = ("half", "empty", "full")
+    x, bias = (jax.random.normal(getkey(), shape, jnp.bfloat16) for shape in ((1100, n), (100,)))
+    options = {"activation": "relu", "implementation": implementation}
+    out = unstructured_matmuls([compressed[p] for p in patterns], x, [None, bias, bias], **options)
+    for pattern, y, own in zip(patterns, out, (None, bias, bias), strict=True):
+        expected = matrix(pattern).astype(np.float64) @ np.asarray(x, np.float64)
+        expected += 0 if own is None else np.asarray(own, np.float64)[:, None]
+        assert relative_error(y, np.maximum(expected, 0)) < 5e-3
+        alone = unstructured_matmul(compressed[pattern], x, own, **options)
+        assert relative_error(y, alone) < 5e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("n", "config"),
+    [(16, Config()), (61, Config(pieces=4)), (16, Config(warpgroups=1, pieces=8)), (5, Config(warpgroups=3, pieces=7))],
+)
+def test_blocks_that_go_on_to_other_strips_and_matrices(config, n, getkey):
+    """Two parts a block, some of two matrices, and several stages of x, whose last one is not full."""
+    rng, shape, densities = np.random.default_rng(0), (2100, 3576), (0.3, 0.0, 1.0)
+    dense = [rng.standard_normal(shape, np.float32) * (rng.random(shape) < density) for density in densities]
+    weights = [UnstructuredWeights.from_dense(jnp.asarray(w, jnp.bfloat16)) for w in dense]
+    division = divide(weights, n, config, 132)
+    assert division.sections > division.units and division.sections % division.units
+    x = jax.random.normal(getkey(), (shape[1], n), jnp.bfloat16)
+    out, again = (unstructured_matmuls(weights, x, config=config, implementation="mosaic_gpu") for _ in range(2))
+    for w, y, same in zip(dense, out, again, strict=True):
+        rounded = np.asarray(jnp.asarray(w, jnp.bfloat16), np.float64)
+        assert relative_error(y, rounded @ np.asarray(x, np.float64)) < 5e-3
+        np.testing.assert_array_equal(y, same)
+
+
+@pytest.mark.gpu
+def test_several_matrices_equal_each_alone_to_the_bit(compressed, getkey):
+    """With less sections than multiprocessors each is one block's, joined or not."""
+    x = jax.random.normal(getkey(), (1100, 16), jnp.bfloat16)
+    weights, config = [compressed[p] for p in ("half", "one row", "clustered")], Config(warpgroups=1, pieces=8)
+    options = {"config": config, "implementation": "mosaic_gpu"}
+    out = unstructured_matmuls(weights, x, **options)
+    for matrix_weights, y in zip(weights, out, strict=True):
+        np.testing.assert_array_equal(y, unstructured_matmul(matrix_weights, x, **options))
 
 
 def test_peer_and_work(compressed):

@@ -12,6 +12,7 @@ WARPS = 4  # of a warpgroup
 MAX_N = 64  # columns of x that are multiplied at a time
 EXPAND_N = 128  # more than so many, and the dense matrix is written first
 TILE_N = 8  # columns of x: the least of a wgmma
+CHUNK = 8  # elements of a column of x that are copied together, 16 bytes
 ROW_BYTES = 2 * layout.STREAMS
 X_TILE_BYTES = layout.BLOCK * TILE_N * 2  # of x, of a block and tile
 QUAD = 4  # blocks of a strip that the loop's body takes
@@ -58,18 +59,21 @@ def candidates(weights, x, bias=None, activation: str | None = None) -> list[Con
     """Configs worth timing for these arguments (shapes are enough); the heuristic's choice comes first.
 
     That is the widest block which leaves about as few multiprocessors idle as any. The more values there are, the
-    further ahead they have to be copied; a fifth piece costs a division, though.
+    further ahead they have to be copied; a fifth piece costs a division, though. `weights` may be several, alike.
     """
     del bias, activation
-    strips, blocks, _ = weights.masks.shape
-    pieces = (5, 4) if weights.values.shape[0] > MANY_ROWS * strips * blocks else (4, 5)
+    matrices = weights if isinstance(weights, tuple) else (weights,)
+    strips, blocks, _ = matrices[0].masks.shape
+    rows = sum(matrix.values.shape[0] for matrix in matrices)
+    pieces = (5, 4) if rows > MANY_ROWS * len(matrices) * strips * blocks else (4, 5)
     wanted = [*(Config(pieces=p) for p in pieces), Config(warpgroups=3, pieces=7)]
     wanted += [Config(warpgroups=g, pieces=8) for g in (2, 1)]
     wanted = [config for config in wanted if stage_blocks(config, tiles(min(x.shape[1], MAX_N)))]
 
     def busiest(config: Config) -> int:
         """Strips times sections of the multiprocessor that has most to do."""
-        return pl.cdiv(layout.sections(blocks) * pl.cdiv(strips, config.warps), SMS) * config.warps
+        groups = len(matrices) * pl.cdiv(strips, config.warps)
+        return pl.cdiv(layout.sections(blocks) * groups, SMS) * config.warps
 
     least = max(min(map(busiest, wanted)), 1)
     return sorted(wanted, key=lambda config: round(busiest(config) / least, 1))  # stable: of equals, the widest first

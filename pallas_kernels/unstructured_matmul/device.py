@@ -43,28 +43,37 @@ def decode(word: Int, even: Int, odd: Int) -> list[Int]:
 
 
 def multiply(work: Work, block: Int, inputs, outputs, smem: dict[str, Array]) -> None:
-    """What a thread does; inputs are values, masks, rows, lags and x as `mosaic.for_wgmma` arranges it."""
-    rings, barriers = _begin(work, smem, more=2)
+    """What a thread does; inputs are those of `Matrix`, and x [n, columns]."""
+    rings, barriers = _begin(work, smem)
+    count = Part.count(work, block)
+
+    def place(number):
+        part = Part.of(work, block, number)
+        return part, Matrix.of(part, inputs)
 
     def multiply_part(number, carry):
-        pieces_before, stages_before = carry
-        part = Part.of(work, block, number)
-        strip = Strip.begin(part, inputs, rings, barriers, pieces_before)
-        x_barriers = barriers + work.config.warps * work.config.pieces * warp.BARRIER_BYTES
-        stages = Stages(work, part, inputs[4], warp.address_of(smem["x"]), x_barriers, stages_before)
-        _store_sums(work, block, part, outputs[0], _multiply_strip(work, strip, stages))
-        return [pieces_before + strip.ring.count, stages_before + stages.count]
+        (pieces_before, stages_before), loaded = carry[:2], carry[2:]
+        start = Start(*place(number), loaded)
+        stages = Stages(work, start.part, inputs[-1], warp.address_of(smem["x"]), stages_before)
+        stages.copy(ln.constant(0))
+        strip = Strip.begin(start, rings, barriers, pieces_before)
+        following = Start.load(*place(ln.minimum(number + 1, count - 1)))  # there as soon as the first values
+        strip.wait()
+        sums = _multiply_strip(work, strip, stages, following.prefetch)
+        _store_sums(work, block, start.part, outputs[0], sums)
+        return [pieces_before + strip.ring.count, stages_before + stages.count, *following.loaded]
 
-    ln.loop(Part.count(work, block), [ln.constant(0)] * 2, multiply_part)
+    ln.loop(count, [ln.constant(0)] * 2 + Start.load(*place(ln.constant(0))).loaded, multiply_part)
 
 
 def expand(work: Work, block: Int, inputs, outputs, smem: dict[str, Array]) -> None:
-    """What a thread does to write the dense matrix, two elements a word; inputs are values, masks, rows and lags."""
+    """What a thread does to write a dense matrix, two elements a word; inputs are those of `Matrix`."""
     rings, barriers = _begin(work, smem)
 
     def expand_part(number, carry):
         part = Part.of(work, block, number)
-        strip = Strip.begin(part, inputs, rings, barriers, carry[0])
+        strip = Strip.begin(Start.load(part, Matrix.of(part, inputs)), rings, barriers, carry[0])
+        strip.wait()
 
         def expand_quad(quad, state):
             def store(offset, registers):
@@ -80,13 +89,96 @@ def expand(work: Work, block: Int, inputs, outputs, smem: dict[str, Array]) -> N
     ln.loop(Part.count(work, block), [ln.constant(0)], expand_part)
 
 
-def _begin(work: Work, smem: dict[str, Array], more: int = 0) -> tuple[Int, Int]:
-    """Addresses of the rings and of their barriers, behind which are some more; all of them are ready."""
-    barriers = warp.address_of(smem["barriers"])
-    with ln.when(ln.thread().equals(0)):
-        warp.begin_barriers(barriers, work.config.warps * work.config.pieces + more)
-    ln.block_barrier()
-    return warp.address_of(smem["rings"]), barriers
+def _begin(work: Work, smem: dict[str, Array]) -> tuple[Int, Int]:
+    """Addresses of this warp's ring and of its barriers, which are ready: no other warp uses them."""
+    config, number = work.config, ln.warp()
+    barriers = warp.address_of(smem["barriers"]) + number * (config.pieces * warp.BARRIER_BYTES)
+    with ln.when((ln.thread() % ln.WARP).equals(0)):
+        warp.begin_barriers(barriers, config.pieces)
+    warp.warp_barrier()
+    return warp.address_of(smem["rings"]) + number * config.ring_bytes, barriers
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Matrix:
+    """The arrays of one matrix of those that are multiplied."""
+
+    values: Array
+    masks: Array
+    rows: Array
+    lags: Array
+
+    @classmethod
+    def of(cls, part: Part, inputs: Sequence[Array]) -> "Matrix":
+        """A part's: of the inputs, which begin with all matrices' values, then masks, rows and lags."""
+        count, names = part.work.matrices, ("values", "masks", "rows", "lags")
+        return cls(**{k: warp.choose(inputs[i * count : (i + 1) * count], part.matrix) for i, k in enumerate(names)})
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """Where a warp begins a part.
+
+    Attributes:
+        part: the part.
+        matrix: which it is of.
+        loaded: what it loads before, all at once, as each load takes its time: the rows of the first and the last
+            section (of the stream furthest back), the lags of the lane's even and odd stream here and there, and its
+            words of the first quad.
+    """
+
+    part: Part
+    matrix: Matrix
+    loaded: list[Int]
+
+    @classmethod
+    def load(cls, part: Part, matrix: Matrix) -> "Start":
+        lane, own = ln.thread() % ln.WARP, part.own(ln.warp())
+        ends = [own * part.work.sections + section for section in (part.first, part.last)]
+        lags = [matrix.lags.load(end * layout.STREAMS + lane * 2 + half) for end in ends for half in (0, 1)]
+        words = load_words(part, matrix.masks, _first_word(part), ln.constant(0))
+        return cls(part, matrix, [*(matrix.rows.load(end) for end in ends), *lags, *words])
+
+    @property
+    def first(self) -> Int:
+        return self.loaded[0]
+
+    @property
+    def rows(self) -> Int:
+        """Of values; there is always one more, and a piece to wait for."""
+        return ln.maximum(self.loaded[1] - self.first + ln.warp_max(ln.maximum(*self.loaded[4:6])), 1)
+
+    @property
+    def lags(self) -> list[Int]:
+        return self.loaded[2:4]
+
+    @property
+    def words(self) -> list[Int]:
+        return self.loaded[6:]
+
+    @property
+    def first_word(self) -> Int:
+        """Index of the lane's mask word of the part's first block."""
+        return _first_word(self.part)
+
+    def prefetch(self) -> None:
+        """Asks for the first values to be brought nearer."""
+        rows = ln.minimum(self.rows, self.part.work.config.pieces * layout.DEPTH)
+        with ln.when((ln.thread() % ln.WARP).equals(0)):
+            warp.prefetch(self.matrix.values, ROW_BYTES, self.first, rows * ROW_BYTES)
+
+
+def _first_word(part: Part) -> Int:
+    return (part.own(ln.warp()) * part.work.blocks + part.first_block) * ln.WARP + ln.thread() % ln.WARP
+
+
+def load_words(part: Part, masks: Array, first_word: Int, first: Int) -> list[Int]:
+    """The lane's mask words of the quad from block `first` on; zeros behind the part's last block."""
+    words = []
+    for block in (first + i for i in range(QUAD)):
+        word = masks.load(first_word + ln.minimum(block, part.blocks - 1) * ln.WARP)
+        words.append(ln.select(block < part.blocks, word, 0))
+    return words
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -94,47 +186,32 @@ class Strip:
     """A warp's strip during a part.
 
     Attributes:
-        part: the part.
+        start: where it begins.
         ring: its values.
-        masks: all mask words.
-        first_word: index of the lane's word of the part's first block.
         even, odd: where the lane's streams start, in bytes from the ring's beginning on.
     """
 
-    part: Part
+    start: Start
     ring: Ring
-    masks: Array
-    first_word: Int
     even: Int
     odd: Int
 
     @classmethod
-    def begin(cls, part: Part, inputs, rings: Int, barriers: Int, before: Int) -> "Strip":
+    def begin(cls, start: Start, ring: Int, barriers: Int, before: Int) -> "Strip":
         """With its first pieces under way; `before` have gone through the ring already."""
-        values, masks, rows, lags = inputs[:4]
-        work, config, lane = part.work, part.work.config, ln.thread() % ln.WARP
-        number = ln.warp()
-        own = part.own(number)
-        first, last = own * work.sections + part.first, own * work.sections + part.last
-
-        def lag(section, half):
-            return lags.load(section * layout.STREAMS + lane * 2 + half)
-
-        start = rows.load(first)
-        end = rows.load(last) + ln.warp_max(ln.maximum(lag(last, 0), lag(last, 1)))
-        ring = Ring(
-            values=values,
-            address=rings + number * config.ring_bytes,
-            barriers=barriers + number * (config.pieces * warp.BARRIER_BYTES),
+        config = start.part.work.config
+        pieces = Ring(
+            values=start.matrix.values,
+            address=ring,
+            barriers=barriers,
             pieces=config.pieces,
             before=before,
-            first=start,
-            rows=ln.maximum(end - start, 1),  # there is always one more, and a piece to wait for
+            first=start.first,
+            rows=start.rows,
         )
-        origin = before * PIECE_BYTES + lane * 4
-        even, odd = (origin + lag(first, half) * ROW_BYTES for half in (0, 1))
-        first_word = (own * work.blocks + part.first_block) * ln.WARP + lane
-        strip = cls(part=part, ring=ring, masks=masks, first_word=first_word, even=even, odd=odd)
+        origin = before * PIECE_BYTES + ln.thread() % ln.WARP * 4
+        even, odd = (origin + lag * ROW_BYTES for lag in start.lags)
+        strip = cls(start=start, ring=pieces, even=even, odd=odd)
         strip._fill()
         return strip
 
@@ -144,27 +221,23 @@ class Strip:
         return ln.warp_max(ln.maximum(self.even, self.odd))
 
     def _fill(self) -> None:
-        """Begins the first copies, and waits for what lies before the first block."""
-        ready, needed = self.ring.ready_for(self.top), self.ring.needed_before(self.top)
+        """Begins the first copies."""
+        ready = self.ring.ready_for(self.top)
         warp.warp_barrier()
         for piece in map(ln.constant, range(self.ring.pieces)):
             with ln.when((ln.thread() % ln.WARP).equals(0) & (piece < ready)):
                 self.ring.copy(piece)
+
+    def wait(self) -> None:
+        """Waits for what lies before the first block."""
+        needed = self.ring.needed_before(self.top)
         for piece in map(ln.constant, range(LAG_PIECES)):
             with ln.when(piece < needed + 1):
                 self.ring.wait(piece)
 
-    def words(self, first: Int) -> list[Int]:
-        """The lane's mask words of the quad from this block on; zeros behind the part's last block."""
-        blocks, words = self.part.blocks, []
-        for block in (first + i for i in range(QUAD)):
-            word = self.masks.load(self.first_word + ln.minimum(block, blocks - 1) * ln.WARP)
-            words.append(ln.select(block < blocks, word, 0))
-        return words
-
     def state(self) -> list[Int]:
         """What changes from quad to quad: its words, both streams, the furthest one, pieces copied."""
-        return [*self.words(ln.constant(0)), self.even, self.odd, self.top, self.ring.ready_for(self.top)]
+        return [*self.start.words, self.even, self.odd, self.top, self.ring.ready_for(self.top)]
 
     def decode_quad(self, state: list[Int], first: Int, consume: Callable[[int, list[Int]], None]) -> list[Int]:
         """Four blocks from block `first` on, each decoded and consumed before the next; the state after them.
@@ -172,7 +245,8 @@ class Strip:
         Their mask words were loaded one quad before: a load that is carried on is waited for.
         """
         words, (*before, issued) = state[:QUAD], state[QUAD:]
-        following = self.words(first + QUAD)
+        start = self.start
+        following = load_words(start.part, start.matrix.masks, start.first_word, first + QUAD)
         places = self.places(words, *before)
         for block, word in enumerate(words):
             registers, issued = self.decode(word, places[block], places[block + 1][-1], issued)
@@ -205,9 +279,12 @@ class Strip:
         return decode(word, self.ring.place(even), self.ring.place(odd)), ready
 
 
-def _multiply_strip(work: Work, strip: Strip, stages: Stages) -> list[Int]:
-    """The strip's sums over a part's sections, 4 registers a tile: stage by stage of x, quad by quad."""
-    is_first, block_bytes = ln.thread().equals(0), work.tiles * X_TILE_BYTES
+def _multiply_strip(work: Work, strip: Strip, stages: Stages, ahead: Callable[[], None]) -> list[Int]:
+    """The strip's sums over a part's sections, 4 registers a tile: stage by stage of x, quad by quad.
+
+    The first stage is under way; `ahead` is done when the last one begins.
+    """
+    block_bytes = work.tiles * X_TILE_BYTES
 
     def multiply_quad(first, place, carry):
         sums = carry[STATE:]
@@ -218,10 +295,10 @@ def _multiply_strip(work: Work, strip: Strip, stages: Stages) -> list[Int]:
         return strip.decode_quad(carry[:STATE], first, multiply) + sums
 
     def multiply_stage(stage, carry):
-        ln.block_barrier()  # nobody reads the other stage any more
-        with ln.when(is_first & (stage + 1 < stages.count)):
-            stages.copy(stage + 1)
-        stages.wait(stage)
+        stages.wait()
+        stages.copy(stage + 1)  # over the one that nobody reads any more
+        with ln.when((stage + 1).equals(stages.count)):
+            ahead()
         first, place = stage * work.stage_blocks, stages.place(stage)
 
         def next_quad(i, carry):
@@ -229,23 +306,25 @@ def _multiply_strip(work: Work, strip: Strip, stages: Stages) -> list[Int]:
 
         return ln.loop(stages.quads_of(stage), carry, next_quad)
 
-    with ln.when(is_first):
-        stages.copy(ln.constant(0))
     carry = strip.state() + [ln.constant(0)] * (REGISTERS * work.tiles)
     return ln.loop(stages.count, carry, multiply_stage)[STATE:]
 
 
 def _store_sums(work: Work, block: Int, part: Part, out: Array, sums: list[Int]) -> None:
-    """Writes a strip's sums to the block's slot, and zeros to those that no block has where these are its last."""
+    """Writes a strip's sums to the block's slot, and zeros to those that no block has where these are its last.
+
+    A slot is [matrices, columns, rows]: as models have activations, and a store of a warp fills whole sectors.
+    """
     lane, columns, strip = ln.thread() % ln.WARP, work.tiles * TILE_N, part.strip(ln.warp())
+    rows = work.strips * layout.STRIP
     slot = block - (part.group * work.sections) // work.units
 
     def write(slot, values):
-        origin = (slot * work.strips + strip) * layout.STRIP + lane // 4
+        first = (slot * work.matrices + part.matrix) * columns + (lane % 4) * 2
+        origin = first * rows + strip * layout.STRIP + lane // 4
         for tile in range(work.tiles):
             for i in range(REGISTERS):
-                row, column = origin + i // 2 * 8, lane % 4 * 2 + (tile * TILE_N + i % 2)
-                out.store(row * columns + column, values[REGISTERS * tile + i])
+                out.store(origin + ((tile * TILE_N + i % 2) * rows + i // 2 * 8), values[REGISTERS * tile + i])
 
     def write_zeros(step, carry):
         write(slot + 1 + step, [ln.constant(0)] * len(sums))

@@ -7,24 +7,28 @@ from jax.experimental import pallas as pl
 from pallas_kernels.tile import lane as ln
 from pallas_kernels.tile.lane import Int
 from pallas_kernels.unstructured_matmul import layout
-from pallas_kernels.unstructured_matmul.config import QUAD, Config, stage_blocks
+from pallas_kernels.unstructured_matmul.config import QUAD, Config, stage_blocks, tiles
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Work:
-    """How a product is divided.
+    """How the products of some matrices with one x are divided.
 
     Attributes:
-        strips, blocks: of the weights; blocks of a strip.
-        tiles: of 8 columns of x; 0 where there is none.
+        matrices: how many there are, all alike.
+        strips, blocks: of each; blocks of a strip.
+        columns: of the matrices, in whole chunks of x.
+        n: columns of x; 0 where there is none.
         config: the tiling.
         units: that a block takes, of sections * groups.
         dtype: "bfloat16" or "float16".
     """
 
+    matrices: int
     strips: int
     blocks: int
-    tiles: int
+    columns: int
+    n: int
     config: Config
     units: int
     dtype: str
@@ -34,8 +38,19 @@ class Work:
         return layout.sections(self.blocks)
 
     @property
-    def groups(self) -> int:
+    def tiles(self) -> int:
+        """Of 8 columns of x."""
+        return tiles(self.n)
+
+    @property
+    def own_groups(self) -> int:
+        """Of each matrix: none has strips of two."""
         return pl.cdiv(self.strips, self.config.warps)
+
+    @property
+    def groups(self) -> int:
+        """Of all matrices, one after the other."""
+        return self.matrices * self.own_groups
 
     @property
     def grid(self) -> int:
@@ -101,9 +116,13 @@ class Part:
     def blocks(self) -> Int:
         return ln.minimum(self.last * layout.SECTION, self.work.blocks) - self.first_block
 
+    @property
+    def matrix(self) -> Int:
+        return self.group // self.work.own_groups
+
     def strip(self, ring: Int) -> Int:
-        """The strip of a ring of the block. In the last group there may be none of this number."""
-        return self.group * self.work.config.warps + ring
+        """The matrix' strip of a ring of the block. In its last group there may be none of this number."""
+        return (self.group % self.work.own_groups) * self.work.config.warps + ring
 
     def own(self, ring: Int) -> Int:
         """The strip that a ring computes: another one where there is none of its number."""

@@ -35,8 +35,19 @@ mma.sp and an overflow of value + location (1.5 bytes an element at 50%, a roof 
 
 Beside these: a block begins with the offsets, the first values and the first decode, some 3 us, once more where it goes
 on to other strips; and XLA adds up the slots, 2 us. So small matrices gain least: 7168 x 7168 at 70% zeros took 28.6 us
-for 16 columns, cuBLAS 30.7. A section had 16 blocks then, as in all times here: 98 multiprocessors had two of them for
-each of 16 strips, or 131 three for each of 8. Of 8 blocks, 131 have three for each of 16: not timed yet.
+for 16 columns, cuBLAS 30.7, with sections of 16 blocks, as in all times above, and 26.7 in a decoder with 8.
+
+Against that, not timed yet:
+
+- Matrices that are alike and share x are multiplied in one launch (`unstructured_matmuls`): of three 7168 x 7168 a
+  block has 9 units, not 3 three times, and its groups are in 3 slots, not 6.
+- x is read as its columns lie, by cp.async. Before, XLA laid it out for wgmma in a launch of its own, and one thread
+  copied a stage. By its SASS that costs a thread two instructions a stage of 8 blocks and 16 columns, and some ten for
+  their addresses; the loop over blocks is no longer than it was, and there are 103 registers (117 with 64 columns).
+- A block begins without a barrier, and the first mask words are loaded with the offsets, not after the first values.
+  Both are loaded a part ahead, where a block goes on to other strips, as 93 of 131 do with 28672 x 7168; their
+  first values are brought to L2 when the last stage of x begins.
+- Sums are written column by column, as models have activations: to add up the slots transposes nothing.
 
 With more than 64 columns x is multiplied 64 at a time; with more than 128 a second kernel writes the dense matrix, and
 cuBLAS multiplies it. Reckoned, not timed: it reads 0.12 and writes 0.41 GB of 28672 x 7168, 130 us of memory, where two
@@ -44,6 +55,8 @@ passes take 200 and the dense product of 256 columns 120.
 """
 
 import functools
+import itertools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -56,7 +69,7 @@ from pallas_kernels.tile import device as tile_device
 from pallas_kernels.tile import lane
 from pallas_kernels.tile.launch import lowered_once
 from pallas_kernels.unstructured_matmul import device, layout, pipelines
-from pallas_kernels.unstructured_matmul.config import EXPAND_N, MAX_N, TILE_N, WARPS, Config, tiles
+from pallas_kernels.unstructured_matmul.config import CHUNK, EXPAND_N, MAX_N, TILE_N, WARPS, Config
 from pallas_kernels.unstructured_matmul.division import Work
 from pallas_kernels.unstructured_matmul.reference import product
 from pallas_kernels.unstructured_matmul.weights import UnstructuredWeights, block_starts, decode
@@ -64,59 +77,61 @@ from pallas_kernels.unstructured_matmul.weights import UnstructuredWeights, bloc
 INTERPRETED_BLOCKS = 2
 
 
-def for_wgmma(x: Shaped[Array, "in n"], blocks: int) -> Shaped[Array, "blocks 8 tiles 8 8"]:
-    """x as wgmma's B without a swizzle: core matrices of 8 columns by 8 rows, those of the same rows side by side."""
-    rows, n = x.shape
-    x = jnp.pad(x, ((0, blocks * layout.BLOCK - rows), (0, tiles(n) * TILE_N - n)))
-    return x.reshape(blocks, layout.BLOCK // 8, 8, tiles(n), TILE_N).transpose(0, 1, 3, 4, 2)
+def by_column(x: Shaped[Array, "in n"]) -> Shaped[Array, "n columns"]:
+    """x as the kernel reads it: each column's elements side by side, in whole chunks."""
+    return jnp.pad(x.T, ((0, 0), (0, -x.shape[0] % CHUNK)))
 
 
-def from_wgmma(cores: Shaped[Array, "blocks 8 tiles 8 8"]) -> Shaped[Array, "padded columns"]:
-    """The inverse of `for_wgmma`, padded."""
-    blocks, n_tiles = cores.shape[0], cores.shape[2]
-    return cores.transpose(0, 1, 4, 2, 3).reshape(blocks * layout.BLOCK, n_tiles * TILE_N)
-
-
-def _interpreted(work: Work, block, warpgroup, inputs, like: UnstructuredWeights, write) -> None:
+def _interpreted(work: Work, block, warpgroup, inputs, write) -> None:
     """What a warpgroup writes in `device`, for the interpreter: `write(part, strip, w)` for each of its strips, dense.
 
-    A part is the group, its first and last section, and the block's slot of the group.
+    A part is the matrix, its first and last section, and the block's slot of the group.
     """
-    values, masks, rows, lags = (ref[...] for ref in inputs[:4])
-    weights = UnstructuredWeights(
-        values=values, masks=masks, rows=rows, lags=lags, scales=None, shape=like.shape, dtype=like.dtype
-    )  # fmt: skip
-    starts = block_starts(weights)
+    arrays = [ref[...] for ref in inputs[: 4 * work.matrices]]
     start = block * work.units
     end = jnp.minimum(start + work.units, work.sections * work.groups) - 1
 
     def write_part(group, _):
         first = jnp.where(group == start // work.sections, start % work.sections, 0)
         last = jnp.where(group == end // work.sections, end % work.sections, work.sections - 1)
-        part = group, first, last, block - group * work.sections // work.units
-        for number in range(WARPS):
-            strip = group * work.config.warps + warpgroup * WARPS + number
+        part = group // work.own_groups, first, last, block - group * work.sections // work.units
+        for matrix in range(work.matrices):
+            weights = _weights(arrays[matrix :: work.matrices])
+            starts = block_starts(weights)
+            for number in range(WARPS):
+                strip = (group % work.own_groups) * work.config.warps + warpgroup * WARPS + number
 
-            @pl.when(strip < work.strips)
-            def _write(strip=strip):
-                write(part, strip, decode(weights, *(lax.dynamic_slice_in_dim(a, strip, 1) for a in (masks, starts))))
+                @pl.when((group // work.own_groups == matrix) & (strip < work.strips))
+                def _write(strip=strip, matrix=matrix, weights=weights, starts=starts):
+                    own = (lax.dynamic_slice_in_dim(a, strip, 1) for a in (weights.masks, starts))
+                    write(part, strip, decode(weights, *own))
 
     lax.fori_loop(start // work.sections, end // work.sections + 1, write_part, None)
 
 
+def _weights(arrays) -> UnstructuredWeights:
+    """Of these arrays; as far as decoding needs it."""
+    values, masks, rows, lags = arrays
+    shape = (masks.shape[0] * layout.STRIP, masks.shape[1] * layout.BLOCK)
+    return UnstructuredWeights(
+        values=values, masks=masks, rows=rows, lags=lags, scales=None, shape=shape, dtype=values.dtype
+    )  # fmt: skip
+
+
 def _multiply_interpreted(work: Work, inputs, outputs, part, strip, w) -> None:
     """The sums of a strip, as `device.multiply` writes them."""
-    _, first, last, slot = part
-    x = from_wgmma(inputs[4][...])[: work.blocks * layout.BLOCK]
+    matrix, first, last, slot = part
+    x = inputs[-1][...].T.astype(jnp.float32)
+    x = jnp.pad(x, ((0, work.blocks * layout.BLOCK - work.columns), (0, work.tiles * TILE_N - work.n)))
     section = jnp.arange(x.shape[0], dtype=jnp.int32) // (layout.SECTION * layout.BLOCK)
     y = product(w, jnp.where(((section >= first) & (section <= last))[:, None], x, jnp.zeros((), x.dtype)))
     place = pl.ds(strip * layout.STRIP, layout.STRIP)
-    outputs[0][slot, place] = y
+    outputs[0][slot, matrix, :, place] = y.T
     for empty in range(1, work.slots):
 
         @pl.when((last == work.sections - 1) & (empty > slot))
         def _write_zeros(empty=empty):
-            outputs[0][empty, place] = jnp.zeros_like(y)
+            outputs[0][empty, matrix, :, place] = jnp.zeros_like(y.T)
 
 
 def _expand_interpreted(work: Work, inputs, outputs, part, strip, w) -> None:
@@ -133,57 +148,63 @@ def _expand_interpreted(work: Work, inputs, outputs, part, strip, w) -> None:
     lax.fori_loop(first * layout.SECTION, end, write_block, None)
 
 
-def divide(weights: UnstructuredWeights, n: int, config: Config, blocks: int) -> Work:
-    """Equal runs of units for so many blocks; of x there are n columns, or none if it is to be dense."""
-    strips, in_strip, _ = weights.masks.shape
-    units = layout.sections(in_strip) * pl.cdiv(strips, config.warps)
+def divide(weights: Sequence[UnstructuredWeights], n: int, config: Config, blocks: int) -> Work:
+    """Equal runs of units for so many blocks; of x there are n columns, or none if a matrix is to be dense."""
+    strips, in_strip, _ = weights[0].masks.shape
+    units = layout.sections(in_strip) * len(weights) * pl.cdiv(strips, config.warps)
     return Work(
+        matrices=len(weights),
         strips=strips,
         blocks=in_strip,
-        tiles=tiles(n),
+        columns=pl.cdiv(weights[0].shape[1], CHUNK) * CHUNK,
+        n=n,
         config=config,
         units=pl.cdiv(units, blocks),
-        dtype=weights.values.dtype.name,
+        dtype=weights[0].values.dtype.name,
     )
 
 
 @lowered_once()
 def mosaic(
-    weights: UnstructuredWeights, x: Float[Array, "in n"], config: Config, interpret: bool
-) -> Float32[Array, "out n"]:
-    """Launches the kernels; `interpret` runs them on CPU under the race detector."""
+    weights: tuple[UnstructuredWeights, ...], x: Float[Array, "in n"], config: Config, interpret: bool
+) -> list[Float32[Array, "out n"]]:
+    """Launches the kernels, of all matrices together; `interpret` runs them on CPU under the race detector."""
     n = x.shape[1]
     if n > EXPAND_N:
-        return product(expand(weights, config, interpret), x)
+        return [product(expand(matrix, config, interpret), x) for matrix in weights]
     parts = [multiply(weights, x[:, i : i + MAX_N], config, interpret) for i in range(0, n, MAX_N)]
-    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
+    return [own[0] if len(own) == 1 else jnp.concatenate(own, axis=1) for own in zip(*parts, strict=True)]
 
 
 def multiply(
-    weights: UnstructuredWeights, x: Float[Array, "in n"], config: Config, interpret: bool
-) -> Float32[Array, "out n"]:
-    """The product with `MAX_N` columns at most: what the blocks found, added up."""
+    weights: Sequence[UnstructuredWeights], x: Float[Array, "in n"], config: Config, interpret: bool
+) -> list[Float32[Array, "out n"]]:
+    """Each product with `MAX_N` columns at most: what the blocks found, added up.
+
+    Of tokens' activations both x and the results are transposes, which cancel out with those here.
+    """
     work = divide(weights, x.shape[1], config, _blocks(interpret))
-    shape = (work.slots, work.strips * layout.STRIP, work.tiles * TILE_N)
+    shape = (work.slots, work.matrices, work.tiles * TILE_N, work.strips * layout.STRIP)
     slots = _launch(
         "unstructured_matmul",
         work,
         weights,
-        [for_wgmma(x, work.padded_blocks)],
+        [by_column(x)],
         jax.ShapeDtypeStruct(shape, jnp.float32),
         (device.multiply, jnp.float32, _multiply_interpreted),
         interpret,
     )
-    return functools.reduce(jnp.add, slots)[: weights.shape[0], : x.shape[1]]
+    sums = functools.reduce(jnp.add, slots)
+    return [own[: x.shape[1], : matrix.shape[0]].T for own, matrix in zip(sums, weights, strict=True)]
 
 
 @lowered_once()
 def expand(weights: UnstructuredWeights, config: Config, interpret: bool) -> Float[Array, "out in"]:
     """The dense matrix."""
-    work = divide(weights, 0, config, _blocks(interpret))
+    work = divide([weights], 0, config, _blocks(interpret))
     out = jax.ShapeDtypeStruct((work.strips * layout.STRIP, work.blocks * layout.BLOCK), weights.values.dtype)
     kernel = (device.expand, jnp.uint32, _expand_interpreted)
-    dense = _launch("unstructured_expand", work, weights, [], out, kernel, interpret)
+    dense = _launch("unstructured_expand", work, [weights], [], out, kernel, interpret)
     return dense[: weights.shape[0], : weights.shape[1]]
 
 
@@ -197,7 +218,7 @@ def _launch(name: str, work: Work, weights, more: list, out: jax.ShapeDtypeStruc
     Args:
         name: to profilers.
         work: how it is divided.
-        weights: what is decoded.
+        weights: the matrices.
         more: arrays that it reads beside them.
         out: what it writes.
         kernel: the device's function, the elements that it writes at a time, and what stands in for the interpreter.
@@ -205,14 +226,15 @@ def _launch(name: str, work: Work, weights, more: list, out: jax.ShapeDtypeStruc
     """
     on_device, written, interpreted = kernel
     smem = pipelines.shared_memory(work)
-    inputs = [weights.values, weights.masks, weights.rows, weights.lags, *more]
+    arrays = [[w.values, w.masks, w.rows, w.lags] for w in weights]
+    inputs = [*itertools.chain(*zip(*arrays, strict=True)), *more]  # all values, then all masks
 
     def body(*refs):
         block = lax.axis_index("block")
         if interpret:
             inputs_outputs = refs[: len(inputs)], refs[len(inputs) :]
             write = functools.partial(interpreted, work, *inputs_outputs)
-            _interpreted(work, block, lax.axis_index("warpgroup"), inputs_outputs[0], weights, write)
+            _interpreted(work, block, lax.axis_index("warpgroup"), inputs_outputs[0], write)
             return
 
         @plgpu.inline_mgpu(arg_types=(tuple(plgpu.RefType() for _ in refs), plgpu.Layout.WG_SPLAT))

@@ -1,5 +1,8 @@
 """The two pipelines of the kernel: a ring of values for each warp, and two stages of x for the block.
 
+A ring's copies are bulk ones, which a warp's own barriers wait for. x is copied by all threads, 16 bytes at a time, as
+its columns have to be laid out anew: a thread waits for its own copies, and the block's barrier for all of them.
+
 Streams are behind the furthest by `MAX_LAG` rows at most and advance by `DEPTH` a block at most. So piece k can be
 overwritten before a block that finds the furthest stream at row m, if 16 (k + 1) + MAX_LAG <= m; a block lets at most
 one more piece be copied, and waits for one more at most. Which pieces are under way follows from m alone.
@@ -10,19 +13,21 @@ import dataclasses
 from pallas_kernels.tile import lane as ln
 from pallas_kernels.tile.lane import Array, Int
 from pallas_kernels.unstructured_matmul import layout, warp
-from pallas_kernels.unstructured_matmul.config import QUAD, ROW_BYTES, X_TILE_BYTES
+from pallas_kernels.unstructured_matmul.config import CHUNK, QUAD, ROW_BYTES, TILE_N, X_TILE_BYTES
 from pallas_kernels.unstructured_matmul.division import Part, Work
 
 PIECE_BYTES = layout.DEPTH * ROW_BYTES
 LAG_PIECES = layout.MAX_LAG // layout.DEPTH
+CORES = ln.WARP // TILE_N  # core matrices that a warp copies at a time
 
 
 def shared_memory(work: Work) -> dict[str, int]:
     """How many words there are in a block, by name."""
-    rings, more = {"rings": work.config.warps * work.config.ring_bytes // 4}, 0
+    config, x = work.config, {}
     if work.tiles:
-        rings["x"], more = 2 * work.stage_blocks * work.tiles * X_TILE_BYTES // 4, 2
-    return {**rings, "barriers": (work.config.warps * work.config.pieces + more) * warp.BARRIER_BYTES // 4}
+        x["x"] = 2 * work.stage_blocks * work.tiles * X_TILE_BYTES // 4
+    barriers = config.warps * config.pieces * warp.BARRIER_BYTES // 4
+    return {"rings": config.warps * config.ring_bytes // 4, **x, "barriers": barriers}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,13 +90,19 @@ class Ring:
 
 @dataclasses.dataclass(frozen=True)
 class Stages:
-    """The two stages of shared memory that x goes through; `count` of them in a part."""
+    """The two stages of shared memory that x goes through, `count` of them in a part; `before` have gone already.
+
+    A stage is wgmma's B without a swizzle: [blocks, 8, tiles] core matrices of 8 columns by 8 rows of x, each column's
+    rows side by side, as they are in x [n, in] too.
+
+    Whoever begins the copies of a stage has passed the barrier before the last one, where all had read what was in its
+    place; so no part begins with a barrier.
+    """
 
     work: Work
     part: Part
     x: Array
     address: Int
-    barriers: Int
     before: Int
 
     @property
@@ -99,6 +110,7 @@ class Stages:
         return (self.part.blocks + (self.work.stage_blocks - 1)) // self.work.stage_blocks
 
     def quads_of(self, stage: Int) -> Int:
+        """Of the part; none or fewer behind its last stage."""
         left = (self.part.blocks + (QUAD - 1)) // QUAD - stage * (self.work.stage_blocks // QUAD)
         return ln.minimum(left, self.work.stage_blocks // QUAD)
 
@@ -107,16 +119,33 @@ class Stages:
         return self.address + ((self.before + stage) % 2) * size
 
     def copy(self, stage: Int) -> None:
-        """Begins the copy of a stage; by one thread of the block."""
-        block_bytes = self.work.tiles * X_TILE_BYTES
-        first, size = (
-            self.part.first_block + stage * self.work.stage_blocks,
-            self.quads_of(stage) * (QUAD * block_bytes),
-        )
-        barrier = self.barriers + ((self.before + stage) % 2) * warp.BARRIER_BYTES
-        warp.expect(barrier, size)
-        warp.copy(self.x, block_bytes, first, self.place(stage), size, barrier)
+        """Begins the copies of a stage, if there is one of this number; by all threads.
 
-    def wait(self, stage: Int) -> None:
-        number = self.before + stage
-        warp.wait(self.barriers + (number % 2) * warp.BARRIER_BYTES, number // 2)
+        A warp copies half of a block's rows at a time: eight lanes a core matrix, which is in all banks, and four of
+        them side by side 64 bytes of a column. All addresses are constants ahead of the first.
+        """
+        work, number, lane = self.work, ln.warp(), ln.thread() % ln.WARP
+        core, column = lane // TILE_N, lane % TILE_N
+        row = (self.part.first_block + stage * work.stage_blocks) * layout.BLOCK + (number * CORES + core) * CHUNK
+        source, core_bytes = column * work.columns + row, work.tiles * warp.CORE_BYTES
+        place = self.place(stage) + (number * CORES + core) * core_bytes + column * (2 * CHUNK)
+        halves = self.quads_of(stage) * (QUAD * layout.BLOCK // (CORES * CHUNK))
+        for ahead in range(0, work.stage_blocks * layout.BLOCK // (CORES * CHUNK), work.config.warps):
+            with ln.when(number + ahead < halves):
+                for tile in range(work.tiles):
+                    there = self._within(row + ahead * (CORES * CHUNK), column + tile * TILE_N, tile)
+                    elements = tile * TILE_N * work.columns + ahead * (CORES * CHUNK)
+                    bytes_on = tile * warp.CORE_BYTES + ahead * CORES * core_bytes
+                    warp.copy_chunk(self.x, source, elements, place, bytes_on, there)
+
+    def _within(self, row: Int, column: Int, tile: int) -> ln.Bool | None:
+        """Whether x has this row and column; None if it has all that are copied."""
+        work = self.work
+        rows = row < work.columns if work.columns < work.padded_blocks * layout.BLOCK else None
+        columns = column < work.n if work.n < (tile + 1) * TILE_N else None
+        return columns if rows is None else rows if columns is None else rows & columns
+
+    def wait(self) -> None:
+        """Waits for all copies of the stage that was begun last, of all threads."""
+        warp.wait_for_chunks()
+        ln.block_barrier()

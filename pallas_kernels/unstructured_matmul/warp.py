@@ -1,4 +1,4 @@
-"""What `device` asks of a lane beyond `pallas_kernels.tile.lane`: bytes and halves, bulk copies, the tensor core.
+"""What `device` asks of a lane beyond `pallas_kernels.tile.lane`: bytes and halves, copies, the tensor core.
 
 Addresses are bytes of shared memory, 32-bit integers.
 """
@@ -10,7 +10,7 @@ from jax.experimental.mosaic.gpu import utils
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, nvvm
 
-from pallas_kernels.tile.lane import Array, Int, constant
+from pallas_kernels.tile.lane import Array, Bool, Int, constant, select
 
 BARRIER_BYTES = 8
 CORE_BYTES = 128  # of a core matrix: 8 columns of x by 8 of its rows
@@ -28,9 +28,25 @@ def _ptx(code: str, *args: Int) -> Int:
     return Int(utils.inline_ptx(code, *(x.value for x in args), result_types=_i32()))
 
 
+def _address(source: Array, unit: int, number: Int) -> ir.Value:
+    """In global memory: of the unit of this number, of `unit` bytes."""
+    i64, i8 = ir.IntegerType.get_signless(64), ir.IntegerType.get_signless(8)
+    offset = arith.muli(arith.extui(i64, number.value), arith.constant(i64, unit))
+    return llvm.ptrtoint(i64, utils.getelementptr(source.pointer, [offset], i8))
+
+
 def address_of(array: Array) -> Int:
     """Where an array in shared memory starts."""
     return Int(llvm.ptrtoint(_i32(), array.pointer))
+
+
+def choose(arrays: Sequence[Array], number: Int) -> Array:
+    """The array of this number."""
+    first, *others = arrays
+    pointer = first.pointer
+    for i, array in enumerate(others, start=1):
+        pointer = llvm.select(number.equals(constant(i)).value, array.pointer, pointer)
+    return Array(pointer, first.dtype)
 
 
 def load_half(address: Int, offset: int) -> Int:
@@ -61,7 +77,7 @@ def multiply_block(acc: Sequence[Int], a: Sequence[Int], x: Int, tiles: int, dty
     Args:
         acc: bits of float32, 4 registers a tile.
         a: 16 registers, 4 for each 16 columns.
-        x: address of the block's x in shared memory, as `mosaic.for_wgmma` arranges it.
+        x: address of the block's x in shared memory, as `pipelines.Stages` has it.
         tiles: of 8 columns of x.
         dtype: of a and x.
     """
@@ -107,16 +123,45 @@ def wait(barrier: Int, phase: Int) -> None:
 
 def copy(source: Array, unit: int, first: Int, to: Int, size: Int, barrier: Int) -> None:
     """Begins a copy of `size` bytes (a multiple of 16) to shared memory, from unit number `first` of `unit` bytes."""
-    i64, i8 = ir.IntegerType.get_signless(64), ir.IntegerType.get_signless(8)
-    offset = arith.muli(arith.extui(i64, first.value), arith.constant(i64, unit))
-    pointer = llvm.ptrtoint(i64, utils.getelementptr(source.pointer, [offset], i8))
     utils.inline_ptx(
         "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [$0], [$1], $2, [$3];",
         to.value,
-        pointer,
+        _address(source, unit, first),
         size.value,
         barrier.value,
     )
+
+
+def prefetch(source: Array, unit: int, first: Int, size: Int) -> None:
+    """Brings `size` bytes (a multiple of 16) to L2, as `copy` would name them."""
+    code = "cp.async.bulk.prefetch.L2.global [$0], $1;"
+    utils.inline_ptx(code, _address(source, unit, first), size.value, has_side_effects=True)
+
+
+def copy_chunk(source: Array, index: Int, elements: int, to: Int, bytes_on: int, there: Bool | None) -> None:
+    """Begins this thread's copy of 16 bytes to shared memory, or of zeros there.
+
+    Args:
+        source: of 16-bit elements.
+        index: of an element.
+        elements: that the source lies behind that one.
+        to: an address.
+        bytes_on: that the place lies behind that one.
+        there: whether there is something to copy; None if so.
+    """
+    sizes = [] if there is None else [select(there, 16, 0).value]
+    size = ", $2" * len(sizes)
+    code = f"cp.async.cg.shared.global [$0+{bytes_on}], [$1+{2 * elements}], 16{size};"
+    utils.inline_ptx(code, to.value, _address(source, 2, index), *sizes, has_side_effects=True)
+
+
+def wait_for_chunks() -> None:
+    """Waits for this thread's own chunks. After a barrier, wgmma may read what all threads have copied.
+
+    cp.async writes as threads do, wgmma reads as bulk copies do: the fence is what joins the two.
+    """
+    utils.inline_ptx("cp.async.wait_all;", has_side_effects=True)
+    nvvm.fence_proxy(nvvm.ProxyKind.async_shared, space=nvvm.SharedSpace.shared_cta)
 
 
 def warp_barrier() -> None:

@@ -8,7 +8,7 @@ experts too. The rest of the model stays as it is, code included; it generates, 
 """
 
 from sparsellm.unstructured.layouts import check_layers, compressed_layers, layouts, with_layouts
-from sparsellm.unstructured.linear import CompressedArray, UnstructuredLinear
+from sparsellm.unstructured.linear import CompressedArray, UnstructuredLinear, apply_all
 from sparsellm.unstructured.rules import EVERYWHERE, Rules, Treatment, compress
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "Rules",
     "Treatment",
     "UnstructuredLinear",
+    "apply_all",
     "check_layers",
     "compress",
     "compressed_layers",

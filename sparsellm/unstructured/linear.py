@@ -2,7 +2,7 @@
 
 Cut layers follow the kernel they are made of. Where its outputs are cut, each device computes its own ones; where its
 inputs are, the devices' results are added up. Each device keeps its part alone, as its index along one more axis in
-front of every array.
+front of every array. Layers that are alike and read the same x are best applied by `apply_all`.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
-from pallas_kernels.unstructured_matmul import UnstructuredWeights, unstructured_matmul
+from pallas_kernels.unstructured_matmul import UnstructuredWeights, unstructured_matmuls
 
 # Arrays that make up `UnstructuredWeights`; `scales` may be None.
 PARTS = tuple(f.name for f in dataclasses.fields(UnstructuredWeights) if f.name not in ("shape", "dtype"))
@@ -122,34 +122,59 @@ class UnstructuredLinear(nnx.Module):
 
     def __call__(self, x: Float[Array, "*tokens d_in"]) -> Float[Array, "*tokens d_out"]:
         """The linear layer's output, in its dtype."""
-        rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).astype(self.dtype)
-        bias = None if self.bias is None else self.bias[...].astype(self.dtype)
-        y = _multiply(self.weights, rows, bias) if self.cut is None else self._multiply_parts(self.cut, rows, bias)
-        return y.reshape(*x.shape[:-1], y.shape[-1])
+        return _apply_alike([self], x)[0]
 
-    def _multiply_parts(self, cut: Cut, x: Float[Array, "tokens d_in"], bias: Float[Array, " d_out"] | None):
-        """Each device its own part; parts of the inputs are summed up over the devices."""
-        along = PartitionSpec(cut.axis)
-        last = PartitionSpec(None, cut.axis)
-        by_inputs = cut.dimension == "in"
 
-        def part(weights, x, bias):
-            return _multiply(jax.tree.map(lambda array: array[0], weights), x, bias)
+def apply_all(layers: Sequence[nnx.Module], x: Float[Array, "*tokens d_in"]) -> list[Float[Array, "*tokens d_out"]]:
+    """`layer(x)` of each layer; those of compressed ones that are alike come from one launch.
 
-        def summed(weights, x, bias):
-            y = lax.psum(part(weights, x, None), cut.axis)
-            return y if bias is None else y + bias[None]
-
-        options: dict[str, Any] = {"mesh": cut.mesh, "axis_names": {cut.axis}}
-        if by_inputs:
-            specs = {"in_specs": (along, last, PartitionSpec()), "out_specs": PartitionSpec()}
+    Alike are layers of one shape, cut, dtype and dtype of values, such as the projections of an attention. Any other
+    layer, compressed or not, is called by itself.
+    """
+    outputs: dict[int, Array] = {}
+    alike: dict[Any, dict[int, UnstructuredLinear]] = {}
+    for i, layer in enumerate(layers):
+        if isinstance(layer, UnstructuredLinear):
+            alike.setdefault((layer.shape, layer.cut, layer.dtype, layer.weights.values.dtype), {})[i] = layer
         else:
-            specs = {"in_specs": (along, PartitionSpec(), along), "out_specs": last}
-        return jax.shard_map(summed if by_inputs else part, **options, **specs)(self.weights, x, bias)
+            outputs[i] = layer(x)  # pyright: ignore[reportCallIssue]
+    for group in alike.values():
+        outputs |= zip(group, _apply_alike(list(group.values()), x), strict=True)
+    return [outputs[i] for i in range(len(layers))]
 
 
-def _multiply(weights: UnstructuredWeights, x: Float[Array, "tokens d_in"], bias: Float[Array, " d_out"] | None):
-    return unstructured_matmul(weights, x.T, bias).T
+def _apply_alike(layers: Sequence[UnstructuredLinear], x: Float[Array, "*tokens d_in"]) -> list[Array]:
+    cut, dtype = layers[0].cut, layers[0].dtype
+    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).astype(dtype)
+    weights = tuple(layer.weights for layer in layers)
+    biases = tuple(None if layer.bias is None else layer.bias[...].astype(dtype) for layer in layers)
+    outputs = _multiply(weights, rows, biases) if cut is None else _multiply_parts(cut, weights, rows, biases)
+    return [y.reshape(*x.shape[:-1], y.shape[-1]) for y in outputs]
+
+
+def _multiply_parts(cut: Cut, weights, x: Float[Array, "tokens d_in"], biases) -> tuple[Array, ...]:
+    """Each device its own part of each layer; parts of the inputs are summed up over the devices."""
+    along = PartitionSpec(cut.axis)
+    last = PartitionSpec(None, cut.axis)
+    by_inputs = cut.dimension == "in"
+
+    def part(weights, x, biases):
+        return _multiply(jax.tree.map(lambda array: array[0], weights), x, biases)
+
+    def summed(weights, x, biases):
+        outputs = lax.psum(part(weights, x, [None] * len(biases)), cut.axis)
+        return tuple(y if bias is None else y + bias[None] for y, bias in zip(outputs, biases, strict=True))
+
+    options: dict[str, Any] = {"mesh": cut.mesh, "axis_names": {cut.axis}}
+    if by_inputs:
+        specs = {"in_specs": (along, last, PartitionSpec()), "out_specs": PartitionSpec()}
+    else:
+        specs = {"in_specs": (along, PartitionSpec(), along), "out_specs": last}
+    return jax.shard_map(summed if by_inputs else part, **options, **specs)(weights, x, biases)
+
+
+def _multiply(weights, x: Float[Array, "tokens d_in"], biases) -> tuple[Array, ...]:
+    return tuple(y.T for y in unstructured_matmuls(weights, x.T, biases))
 
 
 def _cut(name: str, kernel: Float[Array, "d_in d_out"]) -> Cut | None:
