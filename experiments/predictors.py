@@ -26,24 +26,21 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax import lax
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Int32
 
 from experiments import options, pruning
 from experiments.language_models import progress
+from experiments.predicted_decoding import measure_decoding
 from experiments.predictor_figures import line, readme
-from experiments.programs import wall_clock
 from experiments.runs import Row, Run
 from models import OPT, OPTConfig
 from models.activations import ACTIVATIONS
 from models.feed_forward import LISTED
-from models.opt import with_layout, with_predictors
+from models.opt import with_predictors
 from sparsellm.activations import SPANS, Activations, collect, measure
 from sparsellm.evaluation import perplexity
-from sparsellm.generation import generate
 from sparsellm.predictors import (
     EightBitPredictor,
     GatePredictor,
@@ -348,47 +345,11 @@ def decode(config: Config, subject: Subject, run: Run) -> list[Row]:
     for batch in config.batches:
         rows.append(common | {"batch": batch, **mean([row for row in layers if row["batch"] == batch]), **whole})
         if can_list(subject.model.config):
-            rows[-1] |= times(config, subject, predictors, batch)
+            prompts = subject.test[:batch, : config.prompt_tokens]
+            rows[-1] |= measure_decoding(subject.model, predictors, prompts, config.new_tokens)
     return rows
 
 
 def can_list(config: OPTConfig) -> bool:
     """Whether `neuron_ffn` knows such feed-forward blocks."""
     return config.activation in LISTED and not config.gated and config.thresholds is None
-
-
-def times(config: Config, subject: Subject, predictors: Sequence[Predictor], batch: int) -> Row:
-    """Wall-clock milliseconds a step of decoding, dense and over lists, and of predicting alone; and how many tokens
-    the lists and their simulation write alike.
-    """
-    prompts = subject.test[:batch, : config.prompt_tokens].tolist()
-    fast = with_layout(subject.model, neuron_major=True)
-    models = {"dense": subject.model, "lists": with_predictors(fast, predictors, "lists")}
-    models["mask"] = with_predictors(fast, predictors, "mask")
-    texts, milliseconds = {}, {}
-    for name, model in models.items():
-        continued = functools.partial(generate, model, prompts, max_new_tokens=config.new_tokens, eos_id=-1)
-        texts[name], microseconds = wall_clock(continued, [], 3)
-        milliseconds[name] = float(np.median(microseconds)) / 1e3 / config.new_tokens
-    x = jnp.ones((batch, subject.model.config.d_model), subject.model.config.dtype)
-    graphdef, state = nnx.split(nnx.List(predictors))
-    _, predicting = wall_clock(functools.partial(_predict, graphdef, config.new_tokens), [state, x], 3)
-    return {
-        "time_ms": milliseconds["lists"],
-        "dense_ms": milliseconds["dense"],
-        "predictor_ms": float(np.median(predicting)) / 1e3 / config.new_tokens,
-        "new_tokens": batch * config.new_tokens,
-        "same_tokens": int(np.sum(np.array(texts["lists"]) == np.array(texts["mask"]))),
-    }
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _predict(graphdef: nnx.GraphDef, steps: int, state: nnx.State, x: Float[Array, "batch d_model"]):
-    """What the predictors of all layers take, `steps` times one after the other."""
-
-    def step(x, _):
-        for predictor in nnx.merge(graphdef, state):
-            x = x + predictor(x).mean().astype(x.dtype)  # so that the next has to wait
-        return x, None
-
-    return lax.scan(step, x, length=steps)[0]

@@ -3,11 +3,15 @@ import json
 import math
 from typing import Any
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
+from flax import nnx
 
-from experiments import predictors, quickstart
+from experiments import predicted_decoding, predictors, quickstart
 from experiments.__main__ import main
 from experiments.runs import Run
+from models import OPT, OPTConfig
 
 CONFIG = dataclasses.replace(
     predictors.Config.smoke(), methods=("trained", "8-bit", "teal"), training=8, epochs=2, budgets=(1.5,), batches=(2,)
@@ -53,6 +57,16 @@ def test_every_wish_is_a_row_and_the_chosen_predictor_decodes_as_simulated(finis
     assert decoded["perplexity"] < 1.2 * decoded["dense_perplexity"] and decoded["batch"] == 2
     assert min(decoded[name] for name in ("time_ms", "dense_ms", "predictor_ms")) > 0
     assert decoded["predictor_share"] == pytest.approx((16 * (32 + 32) + 1) / (2 * 32 * 32))
+
+
+def test_a_text_that_the_model_did_not_write_is_found():
+    config = OPTConfig(vocab_size=64, layers=1, d_model=16, heads=2, d_ff=32, max_length=16, init_std=0.3)
+    model, tokens = OPT(config, rngs=nnx.Rngs(0)), np.arange(24, dtype=np.int32).reshape(2, 12)
+    logits = np.array(model(jnp.asarray(tokens[:, :-1])))[:, 3:]  # of the whole texts at once, without a cache
+    same, margin = predicted_decoding.agreement(model, tokens[:, :4], tokens[:, 4:])
+    behind = logits.max(axis=2) - np.take_along_axis(logits, tokens[:, 4:, None], axis=2)[..., 0]
+    assert same == np.sum(behind == 0) < 16
+    assert margin == pytest.approx(behind.max() / np.abs(logits).max(), rel=1e-5) and margin > 0.1
 
 
 def test_densities_and_hot_neurons_of_every_layer(finished):

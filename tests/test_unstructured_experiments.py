@@ -66,10 +66,12 @@ def test_spmm_gives_a_checked_row_for_each_product_and_goes_on_after_a_kill(tmp_
     for row in rows:
         assert (row["m"], row["k"], row["n"], row["mask"]) == (48, 96, 8, "random")
         assert row["dense_us"] == row["time_us"] == 12 and row["error"] < 5e-3 and row["bound_us"] is None
-        assert row["speedup"] == 1 and row["gbps"] > 0
+        assert row["speedup"] == row["over_xla"] == 1 and row["xla_us"] == 12 and row["gbps"] > 0
     assert rows[0]["roof"] < rows[1]["roof"]
     text, figures = unstructured_spmm.readme({"rows": rows})
-    assert "48x96 | bfloat16 |   80% | 1.00x |" in text and figures["unstructured_spmm.png"].startswith(b"\x89PNG")
+    assert "48x96 | bfloat16 |   80% | 1.00x / 1.00x |" in text and figures["unstructured_spmm.png"].startswith(
+        b"\x89PNG"
+    )
 
 
 def test_spmm_keeps_no_row_that_is_wrong(tmp_path):
@@ -100,6 +102,8 @@ def test_break_even_is_where_the_lines_cross():
     assert unstructured_spmm.break_even(rows(1.5, 1.2, 0.8)) == pytest.approx(24)
     assert unstructured_spmm.break_even(rows(0.9, 1.2, 0.8)) == pytest.approx(24)
     assert unstructured_spmm.break_even(rows(0.9, 0.8, 0.7)) == 0
+    of_xla = [row | {"over_xla": s} for row, s in zip(rows(1.5, 1.2, 1.0), (1.5, 1.2, 0.8), strict=True)]
+    assert unstructured_spmm.break_even(of_xla) == pytest.approx(24)
 
 
 def test_weights_are_copied_until_they_do_not_fit_into_l2():
