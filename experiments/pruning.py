@@ -10,8 +10,10 @@ same command goes on after the last model it has pruned.
 
 A row a pruned model: its perplexity beside the dense one's, how many of its blocks' weights are left (`density`), and
 the mean relative error of its layers' outputs on the calibration set. Expected: SparseGPT best everywhere, the more so
-the higher the sparsity; and the larger what is zero as one, the worse. Wanda, RIA and OWL live on the outliers that the
-activations of large models have; on a model as young as quickstart's they are no better than magnitude.
+the higher the sparsity; and the larger what is zero as one, the worse. Of a model that has learned little half the
+weights are not missed, and the others fall as they may. Seen on an H200 with OPT-125M after `pretrain`'s 1,300 steps
+(perplexity 166.1): SparseGPT 166.0, magnitude 166.7, Wanda 167.1; after 2,600 with an L1 term and dropout (211.2):
+213.2, 228.0, 220.8, and in 2:4 220.5, 267.7, 257.2.
 """
 
 import dataclasses

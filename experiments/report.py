@@ -94,10 +94,13 @@ def render(readme: str, results: Path, root: Path) -> tuple[str, dict[Path, byte
 
 
 def _show(experiment: str, result: dict[str, Any]) -> tuple[str, dict[str, bytes]]:
-    """By the experiment's own `readme` if it has one: found without importing the others."""
+    """By the experiment's own `readme` if it has one, defined or imported: found without importing the others."""
     path = Path(__file__).parent / f"{experiment}.py"
-    functions = ast.parse(path.read_text()).body if path.exists() else []
-    if any(isinstance(node, ast.FunctionDef) and node.name == "readme" for node in functions):
+    names = set()
+    for node in ast.parse(path.read_text()).body if path.exists() else []:
+        names |= {node.name} if isinstance(node, ast.FunctionDef) else set()
+        names |= {alias.name for alias in node.names} if isinstance(node, ast.ImportFrom) else set()
+    if "readme" in names:
         return importlib.import_module(f"experiments.{experiment}").readme(result)
     columns = list(dict.fromkeys(name for row in result["rows"] for name in row))
     cells = [[_cell(row.get(name)) for name in columns] for row in result["rows"]]

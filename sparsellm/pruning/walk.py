@@ -175,7 +175,8 @@ def prune(
     return rows
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+# Without autotuning: to try out float32 products of this size takes seconds, and each is needed once a kernel.
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), compiler_options={"xla_gpu_autotune_level": 0})
 def prune_kernel(
     method: Method, pattern: Pattern, errors: bool, kernel: Array, inputs: Inputs | None, sparsity: Array
 ) -> tuple[Array, Array]:
