@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import AxisType, Mesh
 
 from experiments import opt_peers
 from experiments.language_models import model_folder
@@ -56,6 +57,7 @@ def make_model(
     profile: Path | None = None,
     seed: int = 0,
     neuron_major: bool = False,
+    mesh: Mesh | None = None,
 ) -> tuple[OPT, str]:
     """The model, and what a row says of its weights.
 
@@ -66,12 +68,13 @@ def make_model(
         profile: of the synthetic model's firing; None for a power law.
         seed: of its weights.
         neuron_major: the layout of fc1.
+        mesh: devices to cut it over; None for the default one.
     """
     if source is not None:
-        model = load_opt(model_folder(source), dtype=dtype, param_dtype=dtype, neuron_major=neuron_major)
-        return model, source
+        options: dict[str, Any] = {"dtype": dtype, "param_dtype": dtype, "neuron_major": neuron_major}
+        return load_opt(model_folder(source), mesh=mesh, **options), source
     config = config_of(size, dtype, neuron_major=neuron_major)
-    model = synthetic_opt(config, read_profile(profile, config.d_ff), key=jax.random.key(seed))
+    model = synthetic_opt(config, read_profile(profile, config.d_ff), key=jax.random.key(seed), mesh=mesh)
     return model, f"synthetic, {'power law' if profile is None else profile.name}"
 
 
@@ -90,6 +93,19 @@ def make_predictors(config: Any, model: OPT, batch: int) -> list[Predictor]:
     key = jax.random.fold_in(jax.random.key(config.seed), 1)  # not the model's
     options = {"rank": config.rank, "in_8_bits": config.predictor_bits == 8}
     return synthetic_predictors(model, profile, batch=batch, key=key, **options)
+
+
+def mesh_over(devices: int) -> Mesh | None:
+    """So many devices, to cut a model over; None for one.
+
+    Raises:
+        ValueError: there are fewer.
+    """
+    found = jax.devices()
+    if devices > len(found):
+        raise ValueError(f"devices must be at most the {len(found)} there are; got {devices}")
+    axis_types = (AxisType.Auto,)
+    return jax.make_mesh((devices,), ("model",), axis_types, devices=found[:devices]) if devices > 1 else None
 
 
 def check_length(config: Any, size: str) -> None:

@@ -2,6 +2,7 @@
 
     python -m experiments opt_decode --profile opt_active_neurons.csv --keep          on a GPU
     python -m experiments opt_decode --source CHECKPOINT --predictors FOLDER
+    python -m experiments opt_decode --sizes 66b --devices 2
 
 Timed is `sparsellm.decoding.decode`, the compiled loop that `generate` runs: wall-clock time of a chunk of steps, by
 the step. Dense and sparse run the same parameters; the predictor, a low-rank pair a layer that looks ahead, is part of
@@ -21,6 +22,7 @@ thin products take 18 us at batch 1, by 16 bits 25.
 
 import dataclasses
 import functools
+import math
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -64,6 +66,7 @@ class Config:
         context: tokens that each sequence has.
         steps: of a chunk.
         repeats: timed chunks.
+        devices: to cut a model over; predictors are whole on each.
         seed: of weights and tokens.
         no_peers: leave out what needs torch.
     """
@@ -79,6 +82,7 @@ class Config:
     context: int = 128
     steps: int = 32
     repeats: int = 3
+    devices: int = 1
     seed: int = 0
     no_peers: bool = False
 
@@ -115,8 +119,9 @@ def measure(config: Config, run: Run) -> list[Row]:
 
 def check(config: Config) -> None:
     """Raises ValueError for options that would fail only after a model is made."""
-    options.check_least(config, 1, "rank", "context", "steps", "repeats")
+    options.check_least(config, 1, "rank", "context", "steps", "repeats", "devices")
     options.check_known(config, "dtype", tuple(TOLERANCES))
+    opt.mesh_over(config.devices)
     if not config.batches or not all(1 <= batch <= MAX_BATCH for batch in config.batches):
         raise ValueError(f"batches must be 1 to {MAX_BATCH}, which share a list; got batches={config.batches}")
     if (config.source is None) != (config.predictors is None):
@@ -128,8 +133,10 @@ def check(config: Config) -> None:
 
 def measure_model(config: Config, source: str, run: Run) -> list[Row]:
     """Times and checks one model, which is made if there is a batch that no earlier process of the run has timed."""
-    made = {"source": config.source, "profile": config.profile, "seed": config.seed}
+    made: dict[str, Any] = {"source": config.source, "profile": config.profile, "seed": config.seed}
+    made["mesh"] = opt.mesh_over(config.devices)
     name = Path(source).name if config.source is not None else f"opt-{source} (synthetic)"
+    name += f", {config.devices} devices" if config.devices > 1 else ""
 
     @functools.cache
     def model() -> tuple[OPT, str]:
@@ -156,6 +163,7 @@ def measure_batch(config: Config, model: OPT, name: str, batch: int) -> list[Row
     timed: dict[str, Any] = {name: getattr(config, name) for name in ("context", "steps", "repeats", "seed")}
     timed["sampling"] = GREEDY if config.source is not None else opt.EVENLY
     row: Row = {"model": name, "batch": batch, "dtype": config.dtype, "context": config.context}
+    row["devices"] = config.devices
     time_ms, rows = opt.time_decode(model, batch, **timed)
     dense = row | {"variant": "dense", "time_ms": time_ms, **bound(model, rows, None)}
     del rows
@@ -201,19 +209,24 @@ def _checked(graphdef, state, x: Float[Array, "batch 1 d_model"], places: Places
 
 
 def bound(model: OPT, rows: Rows, density: list[float] | None) -> Row:
-    """`bytes_gb` that a step has to read, and `bound_ms`, their time on this GPU; None for a device unknown."""
-    total = float(sum(x.nbytes for x in jax.tree.leaves(nnx.state(model, nnx.Any(nnx.Param, PredictorParam)))))
-    total -= model.embed_positions.embedding[...].nbytes  # of which a step reads a row
+    """`bytes_gb` that a step has to read on each device, and `bound_ms`, their time; None for a device unknown."""
+    total = float(_bytes(nnx.state(model, nnx.Any(nnx.Param, PredictorParam))))
+    total -= _bytes(model.embed_positions.embedding[...])  # of which a step reads a row
     for i, share in enumerate(density or ()):
         layer: Any = model.layers[i]
         fc1 = layer.fc1.weight if model.config.neuron_major else layer.fc1.kernel
-        total -= (1 - share) * (fc1[...].nbytes + layer.fc2.kernel[...].nbytes)
-    total += sum(x.nbytes for x in (*rows.cache.keys, *rows.cache.values))
+        total -= (1 - share) * _bytes((fc1[...], layer.fc2.kernel[...]))
+    total += _bytes((rows.cache.keys, rows.cache.values))
     gpu = find_gpu(jax.devices()[0].device_kind)
     return {
         "bytes_gb": round(total / 1e9, 4),
         "bound_ms": None if gpu is None else round(1e3 * total / gpu.bandwidth, 3),
     }
+
+
+def _bytes(arrays: Any) -> int:
+    """What a device has of them."""
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(arrays))
 
 
 def readme(result: dict[str, Any]) -> tuple[str, dict[str, bytes]]:

@@ -24,7 +24,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
@@ -101,8 +101,7 @@ def _check(config: Config) -> None:
     options.check_least(config, 1, "batches", "context", "steps", "repeats", "devices")
     options.check_known(config, "dtype", tuple(TOLERANCES))
     options.check_shares(config, "sparsities")
-    if config.devices > len(jax.devices()):
-        raise ValueError(f"devices must be at most the {len(jax.devices())} there are; got {config.devices}")
+    opt.mesh_over(config.devices)
     for model in config.models if config.source is None else ():
         opt.check_length(config, model)
 
@@ -126,10 +125,7 @@ def measure_model(config: Config, model: str, sparsity: float | None) -> list[Ro
         said = f"{model} at {sparsity:.0%} needs {needed / 2**30:.0f} of {has * config.devices / 2**30:.0f} GiB"
         print(f"{said}: left out", flush=True)
         return [named | {"batch": batch, "memory_gib": round(needed / 2**30, 2)} for batch in config.batches]
-    mesh = None
-    if config.devices > 1:
-        mesh = jax.make_mesh((config.devices,), ("model",), axis_types=(AxisType.Auto,))
-    made = random_opt(sizes, sparsity, jax.random.key(config.seed), mesh)
+    made = random_opt(sizes, sparsity, jax.random.key(config.seed), opt.mesh_over(config.devices))
     return [_measure(config, made, named, batch) for batch in config.batches]
 
 

@@ -1,6 +1,11 @@
 """The experiment opt_decode, in its smoke form."""
 
 import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -122,6 +127,7 @@ def test_readme_shows_both_next_to_transformers():
         (["--steps", "249"], "context and steps must fit into the 256 positions of tiny; got context=8, steps=249"),
         (["--sizes", "31b"], "size must be one of"),
         (["--dtype", "int8"], "dtype must be one of"),
+        (["--devices", "99"], "there are; got 99"),
         (["--source", "somewhere"], "source and predictors go together"),
         (["--profile", "nowhere.csv"], "nowhere.csv"),
     ],
@@ -130,3 +136,16 @@ def test_what_cannot_be_asked_is_refused(options, message, tmp_path, capsys):
     assert main(["opt_decode", "--smoke", "--runs", str(tmp_path), *options]) == 1
     assert message in capsys.readouterr().err
     assert not list((tmp_path / "opt_decode").iterdir())
+
+
+def test_a_model_is_cut_over_two_devices(tmp_path):
+    """In a process that sees two CPU devices; each reads half of the weights and of the cache, and the predictors."""
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    command = [sys.executable, "-m", "experiments", "opt_decode", "--smoke", "--batches", "2", "--devices", "2"]
+    env = os.environ | flags | {"JAX_PLATFORMS": "cpu"}
+    root = Path(__file__).parents[1]
+    subprocess.run([*command, "--runs", str(tmp_path)], env=env, cwd=root, check=True, capture_output=True, timeout=120)
+    (rows,) = (tmp_path / "opt_decode").glob("*/rows.jsonl")
+    dense, sparse = map(json.loads, rows.read_text().splitlines())
+    assert dense["devices"] == sparse["devices"] == 2 and sparse["error"] < 1e-3
+    assert dense["model"] == "opt-tiny (synthetic), 2 devices"
