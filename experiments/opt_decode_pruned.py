@@ -13,8 +13,9 @@ at 70% needs no more than it is left with. transformers runs the dense model at 
 
 The check of a row is one of its blocks' linear layers against the dense products of the same weights, in float32.
 
-Expected: a token takes as much less time as its weights have fewer bytes, less what attention and the logits take: at
-70% and batch 16, OPT-30B at most 0.72 of the dense model's time.
+Expected: a token takes as much less time as its weights have fewer bytes, less what attention, the logits and the
+launches take. Seen on an H200: at 70% and batch 16 OPT-30B takes 0.79 of the dense model's time (0.87 before q, k and v
+shared a launch); of a layer's 290 us six products are about 215, attention 36.
 """
 
 import dataclasses
