@@ -201,6 +201,31 @@ def test_a_step_of_training_is_adamw_on_weighted_cross_entropy(layers, activatio
             np.testing.assert_allclose(found[...], expected, atol=2e-5)
 
 
+def test_a_step_of_training_from_given_predictors_moves_their_biases_too(layers, activations):
+    """As above: an SVD, with the bias that its kernel's layer has."""
+    tokens = WINDOWS * LENGTH * 3 // 4
+    one = dataclasses.replace(QUICK, enough_recall=0.0, batch=tokens, learning_rate=0.01, weight_decay=0.1)
+    biases = [np.linspace(-2, -1, width, dtype=np.float32) for width in WIDTHS]
+    start = [LowRankPredictor.from_svd(jnp.float32(kernel(i)), jnp.asarray(biases[i]), rank=4) for i in range(2)]
+    for layer, before, new in zip(layers, start, train_predictors(activations, one, start=start), strict=True):
+        x, y = layer["ffn_inputs"][:tokens], layer["fires"][:tokens]
+        down, up, bias = (np.asarray(getattr(before, name)[...], np.float64) for name in ("down", "up", "bias"))
+        weight = np.where(y, 1.0, y.mean() + 0.005)
+        slope = weight * (1 / (1 + np.exp(-(x @ down @ up + bias))) - y) / y.size
+        gradients = {"down": x.T @ slope @ up.T, "up": (x @ down).T @ slope, "bias": slope.sum(axis=0)}
+        for (name, gradient), weights in zip(gradients.items(), (down, up, bias), strict=True):
+            expected = weights - 0.01 * (gradient / (np.abs(gradient) + 1e-8) + 0.1 * weights)
+            np.testing.assert_allclose(getattr(new, name)[...], expected, atol=2e-5)
+
+
+def test_training_begins_with_predictors_of_its_rank_and_model(activations):
+    start = [LowRankPredictor.from_svd(jnp.float32(kernel(i)), rank=3) for i in range(2)]
+    with pytest.raises(ValueError, match="start must have down and up of the shapes .* for 2 layers; got"):
+        train_predictors(activations, QUICK, start=start)
+    with pytest.raises(ValueError, match="for 2 layers; got"):
+        train_predictors(activations, dataclasses.replace(QUICK, rank=3), start=start[:1])
+
+
 def test_training_beats_an_svd_of_the_same_rank_at_equal_density(activations, good):
     svd = [LowRankPredictor.from_svd(jnp.asarray(kernel(i), jnp.float32), rank=QUICK.rank) for i in range(2)]
     recalls = []

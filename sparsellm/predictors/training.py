@@ -8,7 +8,7 @@ layer, and the weights with two moments and the best so far: 16 * rank * (d_mode
 import dataclasses
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -76,10 +76,10 @@ class PredictorConfig:
 
 
 class State(NamedTuple):
-    """Of all layers; scores are x @ down @ up.
+    """Of all layers; scores are x @ down @ up (+ bias).
 
     Attributes:
-        params: down [layers, d_model, rank] and up [layers, rank, bits].
+        params: down [layers, d_model, rank] and up [layers, rank, bits]; bias [layers, bits], if they began with one.
         opt_state: AdamW's.
         best: the params of the least held-out loss.
         best_loss: that loss.
@@ -108,6 +108,7 @@ def train_predictors(
     config: PredictorConfig | None = None,
     *,
     target: Target = Neurons(),  # noqa: B008 - frozen
+    start: Sequence[LowRankPredictor] | None = None,
     folder: str | Path | None = None,
     report: Callable[[Row], None] | None = None,
 ) -> list[LowRankPredictor]:
@@ -117,6 +118,8 @@ def train_predictors(
         activations: of tokens that nothing else is chosen or measured on.
         config: how; None for the target's preset.
         target: what to predict.
+        start: predictors to begin with, of the config's rank, such as `LowRankPredictor.from_svd`'s: their biases are
+            trained too, if they have some. None for random ones without, as published.
         folder: where to leave a checkpoint after each epoch, so that the same call goes on after a kill; None: nowhere.
         report: called with a row after each epoch: `epoch`, and of each layer the held-out `loss`, `recall`,
             `precision`, and whether it is `done`.
@@ -125,7 +128,8 @@ def train_predictors(
         A predictor of each layer, in the dtype of its inputs: what is measured and served is one and the same.
 
     Raises:
-        ValueError: there are too few tokens to hold some out, or the folder is of another training.
+        ValueError: there are too few tokens to hold some out, `start` is of another model or rank, or the folder is of
+            another training.
         FloatingPointError: a layer's held-out loss was never finite.
     """
     config = config or PredictorConfig.preset(target)
@@ -134,9 +138,10 @@ def train_predictors(
         raise ValueError(f"held_out must leave tokens on both sides; got {config.held_out} of {tokens} tokens")
     trained_on, batch = tokens - held_out, min(config.batch, tokens - held_out)
     samples = _load(activations, config, target)
-    state = _start(config, samples)
+    params = _random(config, samples) if start is None else _given(config, samples, start, target.widths(activations))
+    state = _begin(config, params)
     described = {"config": dataclasses.asdict(config), "target": repr(target), "model": activations.model}
-    described = json.loads(json.dumps(described | {"tokens": tokens}))
+    described = json.loads(json.dumps(described | {"tokens": tokens, "start": start is not None}))
     epoch, state = (0, state) if folder is None else _resume(folder, described, state)
     while epoch < config.epochs and not bool(state.done.all()):
         order = jax.random.permutation(jax.random.fold_in(jax.random.key(config.seed), epoch), trained_on)
@@ -153,6 +158,7 @@ def train_predictors(
         LowRankPredictor.from_arrays(
             state.best["down"][layer].astype(samples.inputs.dtype),
             state.best["up"][layer, :, :width].astype(samples.inputs.dtype),
+            state.best["bias"][layer, :width] if "bias" in state.best else None,
             look_ahead=config.look_ahead,
         )
         for layer, width in enumerate(target.widths(activations))
@@ -170,12 +176,34 @@ def _load(activations: Activations, config: PredictorConfig, target: Target) -> 
     return Samples(*map(jnp.asarray, (inputs, fires, real)))
 
 
-def _start(config: PredictorConfig, samples: Samples) -> State:
-    """Random weights; moments of zero, and no best so far."""
+def _random(config: PredictorConfig, samples: Samples) -> dict[str, Array]:
     (layers, bits), d_model = samples.real.shape, samples.inputs.shape[-1]
     keys, init = jax.random.split(jax.random.key(config.seed)), UNIFORM(batch_axis=(0,))
     shapes = {"down": (layers, d_model, config.rank), "up": (layers, config.rank, bits)}
-    params = {name: init(key, shape) for key, (name, shape) in zip(keys, shapes.items(), strict=True)}
+    return {name: init(key, shape) for key, (name, shape) in zip(keys, shapes.items(), strict=True)}
+
+
+def _given(
+    config: PredictorConfig, samples: Samples, start: Sequence[LowRankPredictor], widths: Sequence[int]
+) -> dict[str, Array]:
+    """The parameters of predictors; zeros for bits that none has."""
+    (layers, bits), d_model = samples.real.shape, samples.inputs.shape[-1]
+    found = [(predictor.down.shape, predictor.up.shape) for predictor in start]
+    wanted = [((d_model, config.rank), (config.rank, width)) for width in widths]
+    if found != wanted:
+        raise ValueError(f"start must have down and up of the shapes {wanted} for {layers} layers; got {found}")
+    params = {"down": jnp.stack([predictor.down[...].astype(jnp.float32) for predictor in start])}
+    widened = [jnp.pad(p.up[...].astype(jnp.float32), ((0, 0), (0, bits - p.neurons))) for p in start]
+    params["up"] = jnp.stack(widened)
+    biases = [jnp.zeros(p.neurons) if p.bias is None else p.bias[...] for p in start]
+    if any(predictor.bias is not None for predictor in start):
+        params["bias"] = jnp.stack([jnp.pad(bias, (0, bits - len(bias))) for bias in biases])
+    return params
+
+
+def _begin(config: PredictorConfig, params: dict[str, Array]) -> State:
+    """Moments of zero, and no best so far."""
+    layers = len(params["down"])
     return State(
         params=params,
         opt_state=_optimizer(config).init(params),
@@ -233,7 +261,7 @@ def _epoch(
 
 
 def _choose(layers: Bool[Array, " layers"], these: dict[str, Array], others: dict[str, Array]) -> dict[str, Array]:
-    return jax.tree.map(lambda a, b: jnp.where(layers[:, None, None], a, b), these, others)
+    return jax.tree.map(lambda a, b: jnp.where(jnp.expand_dims(layers, range(1, a.ndim)), a, b), these, others)
 
 
 def _measure(
@@ -244,6 +272,8 @@ def _measure(
     Positives have weight 1, negatives the batch's density and a little more: Deja Vu's code, trainer_mlp.py.
     """
     scores = low_rank_product(layer.inputs[tokens], params["down"], params["up"])
+    if "bias" in params:
+        scores += params["bias"][None]
     fires = jnp.unpackbits(layer.fires[tokens], axis=1).astype(bool)
     counts = (tokens >= 0)[:, None] & layer.real[None, :]
     fires, predicted = fires & counts, (scores > 0) & counts
