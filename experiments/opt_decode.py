@@ -121,7 +121,7 @@ def check(config: Config) -> None:
     """Raises ValueError for options that would fail only after a model is made."""
     options.check_least(config, 1, "rank", "context", "steps", "repeats", "devices")
     options.check_known(config, "dtype", tuple(TOLERANCES))
-    opt.mesh_over(config.devices)
+    opt.mesh_over(config.devices)  # raises where there are fewer
     if not config.batches or not all(1 <= batch <= MAX_BATCH for batch in config.batches):
         raise ValueError(f"batches must be 1 to {MAX_BATCH}, which share a list; got batches={config.batches}")
     if (config.source is None) != (config.predictors is None):

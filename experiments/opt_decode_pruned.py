@@ -102,7 +102,7 @@ def _check(config: Config) -> None:
     options.check_least(config, 1, "batches", "context", "steps", "repeats", "devices")
     options.check_known(config, "dtype", tuple(TOLERANCES))
     options.check_shares(config, "sparsities")
-    opt.mesh_over(config.devices)
+    opt.mesh_over(config.devices)  # raises where there are fewer
     for model in config.models if config.source is None else ():
         opt.check_length(config, model)
 

@@ -1,8 +1,6 @@
 """What every kernel must do: these tests follow from KERNELS and from the CASES of each."""
 
-import dataclasses
 import functools
-import itertools
 
 import jax.numpy as jnp
 import pytest
@@ -54,26 +52,9 @@ def _passes_or_skips(result: Result) -> None:
     assert result.status == "ok", result.detail
 
 
-def _with_some_gradients(cases):
-    """Each kernel's first, middle and last case as they are, the others without gradients, which cost most of the time.
-
-    `check` and a GPU compare those of all, and each kernel's own tests some by hand.
-    """
-    chosen = []
-    for _, group in itertools.groupby(cases, key=lambda param: param.values[0].name):
-        own = list(group)
-        for i, param in enumerate(own):
-            kernel, case, dtype = param.values
-            if i not in (0, len(own) // 2, len(own) - 1):
-                case = dataclasses.replace(case, gradient=False)
-            chosen.append(pytest.param(kernel, case, dtype, id=param.id))
-    return chosen
-
-
-XLA_CASES = _with_some_gradients(_spread(_cases(LOADED, lambda case: not sized_for_gpu(case, "cpu"))))
-
-
-@pytest.mark.parametrize(("kernel", "case", "dtype"), XLA_CASES)
+@pytest.mark.parametrize(
+    ("kernel", "case", "dtype"), _spread(_cases(LOADED, lambda case: not sized_for_gpu(case, "cpu")))
+)
 def test_xla_path_equals_reference(kernel, case, dtype):
     result = check_path(kernel, case, dtype, "xla")
     assert result.status == "ok", result.detail  # the xla path takes every case
