@@ -10,7 +10,8 @@ weights run in our kernels and in plain XLA, and their logits are compared; tran
 
 Routers are made as sure as trained ones (the largest probability is near one), so that a wrong expert shows in the
 logits: one wrong layer changes them by a fifth and more. Rounding sends some tokens that are near a tie elsewhere, and
-more from layer to layer, hence the check: the median row of logits, which in bfloat16 moves by one or two percent.
+more from layer to layer, hence the check: the median row of logits, which in bfloat16 moves by one to three percent. In
+float32 all products but the experts' are JAX's default, TF32, of as many bits as float16: a tenth of that.
 """
 
 import dataclasses
@@ -34,7 +35,7 @@ from sparsellm.mixture_of_experts import MixtureOfExperts
 BASELINES = tuple(variant for variant in moe.VARIANTS if variant != "sparse")
 PEERS = {"xla": "XLA", "one_hot": "XLA, one-hot", "transformers": "transformers, torch"}
 SURE = 4.0  # what the initial routers' logits are multiplied by
-TOLERANCES = {"bfloat16": 5e-2, "float16": 2e-2, "float32": 1e-3}  # rounding adds up over a network
+TOLERANCES = {"bfloat16": 5e-2, "float16": 2e-2, "float32": 2e-2}  # rounding and other experts add up over a network
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

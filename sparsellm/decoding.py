@@ -28,6 +28,15 @@ from sparsellm.sharding import mesh_of
 
 GREEDY = (None, None, None)  # temperature, top_k, top_p
 
+# What XLA captures in CUDA graphs: its own choice, and sums over devices, which otherwise break every graph in two. Six
+# layers of OPT-30B's on two H200s take 2.65 ms a step in place of 2.91, over listed neurons 2.26 in place of 2.50.
+CAPTURED = {
+    "xla_gpu_enable_command_buffer": (
+        "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,CONDITIONAL,COLLECTIVES"
+    ),
+    "xla_gpu_graph_min_graph_size": 1,
+}
+
 _NUMBERS = itertools.count()
 _READERS: dict[int, Callable[[np.ndarray], None]] = {}  # who takes the tokens of the loops now running
 
@@ -98,7 +107,7 @@ def prefill(
     return Rows(jnp.where(new, token, rows.token), jnp.where(new, left, rows.left), rows.step + 1, cache)
 
 
-@partial(jax.jit, static_argnames=("graphdef", "steps"), donate_argnames=("rows",))
+@partial(jax.jit, static_argnames=("graphdef", "steps"), donate_argnames=("rows",), compiler_options=CAPTURED)
 def decode(
     graphdef: nnx.GraphDef,
     state: nnx.State,
