@@ -4,6 +4,7 @@
     python -m experiments opt_decode_pruned --models 13b 30b 66b --sparsities 0 0.5 0.6 0.7 0.8 --batches 8 16 32 64
     python -m experiments opt_decode_pruned --models 175b --sparsities 0.7 --devices 2
     python -m experiments opt_decode_pruned --source FOLDER              a pruned model
+    python -m experiments opt_decode_pruned --paired                     elements stored two by two
 
 A row a model, sparsity (0 is dense) and batch: milliseconds a token by the clock on the wall, around the compiled loop
 that `generate` runs, after `context` tokens; tokens a second; the memory for weights, cache and activations; and the
@@ -34,7 +35,7 @@ from experiments.runs import Row, Run, markdown_table
 from models import OPT, OPTConfig
 from sparsellm import memory
 from sparsellm.sharding import parameter_sharding
-from sparsellm.unstructured import UnstructuredLinear, compress, compressed_layers
+from sparsellm.unstructured import Treatment, UnstructuredLinear, compress, compressed_layers
 
 TOLERANCES = {"bfloat16": 1e-2, "float16": 5e-3, "float32": 1e-5}
 
@@ -52,6 +53,7 @@ class Config:
         context: tokens that each sequence has.
         steps: tokens added in a timed run.
         repeats: timed runs.
+        paired: whether elements are stored two by two: more bytes, fewer instructions.
         devices: to cut a random model over.
         dtype: of weights and activations.
         seed: of weights.
@@ -65,6 +67,7 @@ class Config:
     context: int = 256
     steps: int = 32
     repeats: int = 3
+    paired: bool = False
     devices: int = 1
     dtype: str = "bfloat16"
     seed: int = 0
@@ -114,32 +117,40 @@ def measure_model(config: Config, model: str, sparsity: float | None) -> list[Ro
         named: Row = {"model": model.rstrip("/").rpartition("/")[2], "weights": "pruned"}
         rows = [_measure(config, loaded, named | {"variant": "dense"}, batch) for batch in config.batches]
         found: list[Row] = []
-        compress(loaded, report=found.append)
+        compress(loaded, [("", Treatment(paired=config.paired))], report=found.append)
         zeros = 1 - sum(r["density"] * r["dense_bytes"] for r in found) / sum(r["dense_bytes"] for r in found)
-        named |= {"variant": "unstructured", "sparsity": round(zeros, 4)}
+        named |= {"variant": _variant(config), "sparsity": round(zeros, 4)}
         return rows + [_measure(config, loaded, named, batch) for batch in config.batches]
     named = {"model": f"opt-{model}", "weights": "random", "sparsity": sparsity}
-    named["variant"] = "unstructured" if sparsity else "dense"
+    named["variant"] = _variant(config) if sparsity else "dense"
     sizes = opt.config_of(model, config.dtype)
-    needed, has = bytes_needed(sizes, sparsity), memory.capacity()
+    needed, has = bytes_needed(sizes, sparsity, config.paired), memory.capacity()
     if has is not None and needed > has * config.devices:
         said = f"{model} at {sparsity:.0%} needs {needed / 2**30:.0f} of {has * config.devices / 2**30:.0f} GiB"
         print(f"{said}: left out", flush=True)
         return [named | {"batch": batch, "memory_gib": round(needed / 2**30, 2)} for batch in config.batches]
-    made = random_opt(sizes, sparsity, jax.random.key(config.seed), opt.mesh_over(config.devices))
+    key, mesh = jax.random.key(config.seed), opt.mesh_over(config.devices)
+    made = random_opt(sizes, sparsity, key, mesh, paired=config.paired)
     return [_measure(config, made, named, batch) for batch in config.batches]
 
 
-def bytes_needed(config: OPTConfig, sparsity: float) -> int:
-    """About what the weights take: 2 * density + 1/8 bytes an element of the blocks' matrices, a tenth on top."""
+def _variant(config: Config) -> str:
+    return "paired" if config.paired else "unstructured"
+
+
+def bytes_needed(config: OPTConfig, sparsity: float, paired: bool = False) -> int:
+    """About what the weights take: of an element of the blocks' matrices what the format says, and a tenth on top."""
     abstract = nnx.eval_shape(lambda: OPT(config, rngs=nnx.Rngs(0)))
     total, itemsize = sum(x.size for x in jax.tree.leaves(nnx.state(abstract))), jnp.dtype(config.dtype).itemsize
     blocks = sum(x.size for x in jax.tree.leaves(nnx.state(abstract.layers)) if x.ndim == 2)
-    kept = min(1.1 * (1 - sparsity + 1 / (8 * itemsize)), 1) if sparsity else 1
+    stored = 1 - sparsity**2 + 1 / (16 * itemsize) if paired else 1 - sparsity + 1 / (8 * itemsize)
+    kept = min(1.1 * stored, 1) if sparsity else 1
     return int(itemsize * (total - blocks + kept * blocks))
 
 
-def random_opt(config: OPTConfig, sparsity: float, key: Array, mesh: Mesh | None = None) -> OPT:
+def random_opt(
+    config: OPTConfig, sparsity: float, key: Array, mesh: Mesh | None = None, *, paired: bool = False
+) -> OPT:
     """Random weights, their zeros at random places and each matrix compressed before the next is made; dense for 0."""
     model = nnx.eval_shape(lambda: OPT(config, rngs=nnx.Rngs(0)))
     keys = (jax.random.fold_in(key, i) for i in range(2**31))
@@ -161,7 +172,7 @@ def random_opt(config: OPTConfig, sparsity: float, key: Array, mesh: Mesh | None
                     if isinstance(variable, nnx.Variable):
                         fill(part, variable, sparsity if part == "kernel" else 0.0)
                 if sparsity:
-                    setattr(parent, name, UnstructuredLinear.from_linear(child))
+                    setattr(parent, name, UnstructuredLinear.from_linear(child, paired=paired))
     return model
 
 
@@ -242,7 +253,7 @@ def readme(result: dict[str, Any]) -> tuple[str, dict[str, bytes]]:
     for row in rows:
         base, own = dense.get((row["model"], row["batch"])), row.get("time_ms")
         ratio = f"{own / base:.2f}" if own and base else "–"
-        cells.append([row["model"], f"{row['sparsity']:.0%}", row["batch"], _number(own), ratio])
+        cells.append([row["model"], _zeros(row), row["batch"], _number(own), ratio])
         cells[-1] += [_number(row.get(key)) for key in ("tokens_per_second", "transformers_time_ms", "memory_gib")]
         cells[-1] += [row.get("largest_batch") or "–"]
     header = ["model", "zeros", "batch", "ms a token", "of dense", "tokens/s", "transformers (ms)", "GiB"]
@@ -258,7 +269,11 @@ def _number(value: float | None) -> str:
 
 
 def _label(row: Row) -> str:
-    return f"{row['model']}, {row['sparsity']:.0%} zeros, batch {row['batch']}"
+    return f"{row['model']}, {_zeros(row)} zeros, batch {row['batch']}"
+
+
+def _zeros(row: Row) -> str:
+    return f"{row['sparsity']:.0%}{', paired' * (row['variant'] == 'paired')}"
 
 
 def _plot(axes, rows: list[Row]) -> None:
@@ -266,7 +281,7 @@ def _plot(axes, rows: list[Row]) -> None:
 
     lines: dict[str, list[tuple[int, float]]] = {}
     for row in rows:
-        kind = "dense" if row["variant"] == "dense" else f"{row['sparsity']:.0%} zeros"
+        kind = "dense" if row["variant"] == "dense" else f"{_zeros(row)} zeros"
         lines.setdefault(f"{row['model']}, {kind}", []).append((row["batch"], row["time_ms"]))
     for colour, (label, points) in zip(figures.ordered_colours(len(lines)), lines.items(), strict=True):
         axes.plot(*zip(*sorted(points), strict=True), "o-", color=colour, markersize=4, label=label)

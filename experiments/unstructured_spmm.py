@@ -4,19 +4,21 @@
     python -m experiments unstructured_spmm --all --keep        Flash-LLM's twelve shapes, n to 256, 40 to 90%
     python -m experiments unstructured_spmm --source FOLDER     layers of a pruned OPT or Mixtral
 
-Times y = x W^T with W [m, k] as `UnstructuredWeights`, and x [n, k] and y [n, m] in memory as models have them, next to
-the dense product of the same weights in the same run: by cuBLAS, and by what XLA takes for the quicker one of cuBLAS
-and its own. A matrix smaller than 120 MB is copied until all copies together are larger, and a call multiplies by every
-one of them: so that weights come from memory as in a model, not from L2. `gbps` counts compressed bytes, `roof` is how
-many times fewer of them there are than dense ones: the speed-up of a kernel that reads as fast.
+Times y = x W^T with W [m, k] as `UnstructuredWeights`, its elements stored one by one and in pairs, and x [n, k] and
+y [n, m] in memory as models have them, next to the dense product of the same weights in the same run: by cuBLAS, and by
+what XLA takes for the quicker one of cuBLAS and its own. A matrix smaller than 120 MB is copied until all copies
+together are larger, and a call multiplies by every one of them: so that weights come from memory as in a model, not
+from L2. `gbps` counts compressed bytes, `roof` is how many times fewer of them there are than dense ones: the speed-up
+of a kernel that reads as fast.
 
-Expected on an H200: at n = 8 and 16, 1.4 times the dense product at 50% and 1.6 at 80%; at n = 32, 1.2 and 1.4. That
-was with x as [k, n], by the kernel before the present one, and with XLA's choice for dense; in a model that choice took
-7% less. A device without the kernel takes the xla path, which is slower than dense everywhere.
+Expected on an H200, elements one by one: at n = 8 and 16, 1.2 to 1.45 times cuBLAS at 50% and 1.45 to 1.6 at 80%; at
+n = 32, 1.1 to 1.2 and 1.2 to 1.3. Pairs were not timed yet; by their bytes and instructions they should be quicker
+from about 70% zeros on. A device without the kernel takes the xla path, which is slower than dense everywhere.
 """
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -40,6 +42,7 @@ from pallas_kernels.workbench.timing import ROUNDS, Timer, cupti
 FLASH_LLM = tuple(
     f"{m * width}x{k * width}" for width in (7168, 9216, 12288) for m, k in ((3, 1), (1, 1), (4, 1), (1, 4))
 )
+LAYOUTS = ("single", "paired")
 MOST_COPIES = 32
 TOLERANCE = 5e-3  # of the relative RMS error, in 16 bits
 
@@ -53,6 +56,7 @@ class Config:
         ns: tokens at once.
         sparsities: shares of zeros, at random places.
         value_dtypes: what the values that are left are kept in: "dtype" (as W is), "int8" or "float8_e4m3fn".
+        layouts: how they are stored: "single" or "paired".
         dtype: of W and x: "bfloat16" or "float16".
         source: a pruned model (OPT or Mixtral): the linear layers of its middle block in place of random masks.
         cold_mb: what the copies of a matrix take at least, up to 32 of them; an H200's L2 has 60.
@@ -64,6 +68,7 @@ class Config:
     ns: tuple[int, ...] = (8, 16, 32)
     sparsities: tuple[float, ...] = (0.5, 0.6, 0.7, 0.8)
     value_dtypes: tuple[str, ...] = ("dtype",)
+    layouts: tuple[str, ...] = LAYOUTS
     dtype: str = "bfloat16"
     source: str | None = None
     cold_mb: int = 120
@@ -116,10 +121,11 @@ def _checked(config: Config) -> Config:
     if config.all:
         sparsities = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
         config = dataclasses.replace(config, shapes=FLASH_LLM, ns=(8, 16, 32, 64, 128, 256), sparsities=sparsities)
-    options.check_filled(config, "shapes", "ns", "sparsities", "value_dtypes")
+    options.check_filled(config, "shapes", "ns", "sparsities", "value_dtypes", "layouts")
     options.check_least(config, 1, "ns")
     options.check_known(config, "dtype", ("bfloat16", "float16"))
     options.check_known(config, "value_dtypes", ("dtype", *VALUE_DTYPES))
+    options.check_known(config, "layouts", LAYOUTS)
     for shape in config.shapes:
         _sizes(shape)
     options.check_shares(config, "sparsities")
@@ -169,8 +175,8 @@ def measure_matrix(config: Config, problem: Problem, timer: Timer) -> list[Row]:
     w, rows = problem.make(), []
     zeros = 1 - int(jnp.count_nonzero(w)) / w.size
     dense = _cold(w, config.cold_mb)
-    for values in config.value_dtypes:
-        weights = UnstructuredWeights.from_dense(w, None if values == "dtype" else values)
+    for values, stored in itertools.product(config.value_dtypes, config.layouts):
+        weights = UnstructuredWeights.from_dense(w, None if values == "dtype" else values, stored == "paired")
         expected = w if values == "dtype" else weights.to_dense()  # 8 bits round, which is no error of the product
         copies = _cold(weights, config.cold_mb)
         for n in config.ns:
@@ -178,7 +184,7 @@ def measure_matrix(config: Config, problem: Problem, timer: Timer) -> list[Row]:
             calls = {"time_us": (_products, copies), "dense_us": (_cublas_products, dense)}
             outputs, us = _interleaved(calls | {"xla_us": (_dense_products, dense)}, x, timer)
             row = problem.named | {"sparsity": problem.named.get("sparsity", round(zeros, 4)), "n": n}
-            row |= {"dtype": config.dtype, "values": str(weights.values.dtype), **us}
+            row |= {"dtype": config.dtype, "values": str(weights.values.dtype), "layout": stored, **us}
             row |= {"speedup": round(us["dense_us"] / us["time_us"], 3), "roof": round(w.nbytes / weights.nbytes, 3)}
             row |= {"over_xla": round(us["xla_us"] / us["time_us"], 3)}
             row |= {"gbps": round(weights.nbytes / us["time_us"] / 1e3, 1), "bound_us": _bound_us(weights, x)}
@@ -255,7 +261,7 @@ def readme(result: dict[str, Any]) -> tuple[str, dict[str, bytes]]:
     groups: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
         name = row.get("layer") or f"{row['m']}x{row['k']}"
-        groups.setdefault((name, row["values"], f"{row['sparsity']:.0%}"), []).append(row)
+        groups.setdefault((name, _kind(row), f"{row['sparsity']:.0%}"), []).append(row)
     cells = []
     for (name, values, sparsity), found in groups.items():
         by_n = {row["n"]: row for row in found}
@@ -277,20 +283,26 @@ def _times(by_n: dict[int, Row], n: int) -> str:
     return f"{by_n[n]['speedup']:.2f}x" + (f" / {over_xla:.2f}x" if over_xla else "")
 
 
+def _kind(row: Row) -> str:
+    paired = row.get("layout") == "paired"  # older results have none
+    return f"{row['values']}{', pairs' * paired}"
+
+
 def _label(row: Row) -> str:
-    return f"{row['m']}x{row['k']}, {row['sparsity']:.0%} zeros, {row['values']}, n = {row['n']}"
+    return f"{row['m']}x{row['k']}, {row['sparsity']:.0%} zeros, {_kind(row)}, n = {row['n']}"
 
 
 def _plot(axes, rows: list[Row], ns: list[int]) -> None:
     from experiments import figures
 
     def mean(column: str, n: int) -> list[tuple[float, float]]:
-        """The geometric mean over matrices, by sparsity."""
-        found: dict[float, list[float]] = {}
+        """The geometric mean over matrices, of each the larger one of both layouts, by sparsity."""
+        found: dict[float, dict[tuple, float]] = {}
         for row in rows:
             if row["n"] == n and row["values"] == row["dtype"]:
-                found.setdefault(row["sparsity"], []).append(row[column])
-        return [(s, math.exp(np.mean(np.log(values)))) for s, values in sorted(found.items())]
+                name, own = (row.get("layer"), row["m"], row["k"]), found.setdefault(row["sparsity"], {})
+                own[name] = max(row[column], own.get(name, 0))
+        return [(s, math.exp(np.mean(np.log([*own.values()])))) for s, own in sorted(found.items())]
 
     for colour, n in zip(figures.ordered_colours(len(ns)), ns, strict=True):
         if points := mean("speedup", n):

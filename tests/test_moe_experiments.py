@@ -295,6 +295,21 @@ def test_moe_inference_finds_a_wrong_layer(monkeypatch, getkey):
         moe_inference._measure(config, "some", "float32", model, arrays, timer)
 
 
+def test_moe_inference_compares_in_full_precision_what_tf32_has_sent_to_other_experts(monkeypatch, getkey):
+    config = dataclasses.replace(moe_inference.Config.smoke(), baselines=("one_hot",))
+    model, arrays = nnx.Sequential(layer(RouterRule(top_k=1))), [jax.random.normal(getkey(), (33, 12))]
+    measure, noise = programs.measure, iter([1.0, 1.01])
+
+    def rounded(*args):
+        assert jax.config.jax_default_matmul_precision is None
+        out, *rest = measure(*args)
+        return out * next(noise), *rest
+
+    monkeypatch.setattr(programs, "measure", rounded)
+    row = moe_inference._measure(config, "some", "float32", model, arrays, timer)
+    assert row["error"] < 1e-5
+
+
 def test_memory_is_that_of_weights_inputs_and_outputs(getkey):
     model, x = nnx.Linear(64, 256, rngs=nnx.Rngs(0)), jax.random.normal(getkey(), (32, 64))
     _, compiled = programs.compile_model(lambda model, x: model(x), model, x)

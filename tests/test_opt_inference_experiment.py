@@ -225,3 +225,21 @@ def test_made_up_records_are_about_as_long_as_real_ones():
     assert 110 < np.mean(lengths) < 150 and max(lengths) == LONGEST and min(lengths) >= 8
     assert all(record.prompt and record.answer and max(record.tokens) < 50272 for record in made)
     assert made == made_up_records(2000, vocab_size=50272) != made_up_records(2000, vocab_size=50272, seed=1)
+
+
+@pytest.mark.parametrize(("compiling", "calls"), [(0, 1), (2, 3), (99, 5)])
+def test_serving_is_timed_when_nothing_is_compiled(compiling, calls):
+    served = []
+
+    def serve() -> list[Answer]:
+        served.append(len(served) + 1)
+        if len(served) <= compiling:
+            jax.jit(lambda x: x + 1)(0)
+        return [Answer(tokens=[served[-1]])]
+
+    if compiling < 99:
+        assert opt_serving._serve_compiled(serve)[0].tokens == [calls]
+    else:
+        with pytest.raises(RuntimeError, match="must compile nothing after 5 times"):
+            opt_serving._serve_compiled(serve)
+    assert len(served) == calls

@@ -124,13 +124,15 @@ def test_alike_layers_of_one_x_are_multiplied_at_once(monkeypatch):
     layers[1:4] = [UnstructuredLinear.from_linear(layer) for layer in layers[1:4]]
     layers[0] = UnstructuredLinear.from_linear(layers[0])
     layers += [UnstructuredLinear.from_linear(linear(kernels[0], bias=False), value_dtype="int8")]
+    layers += [UnstructuredLinear.from_linear(linear(kernels[0], bias=False), paired=True)]
     multiply = linear_module.unstructured_matmuls
     monkeypatch.setattr(linear_module, "unstructured_matmuls", lambda *a: (together.append(len(a[0])), multiply(*a))[1])
     outputs = apply_all(layers, jnp.asarray(x, jnp.float32))
-    assert sorted(together) == [1, 1, 3]
+    assert sorted(together) == [1, 1, 1, 3]
     for y, w, bias in zip(outputs[:5], kernels, biases, strict=True):
         np.testing.assert_allclose(y, x @ w + bias, atol=1e-5)
     np.testing.assert_allclose(outputs[5], x @ kernels[0], atol=0.1)
+    np.testing.assert_allclose(outputs[6], x @ kernels[0], atol=1e-5)
     assert apply_all([], jnp.ones((1, 24))) == []
 
 
@@ -360,6 +362,16 @@ def test_eight_bits_come_back(value_dtype, tmp_path):
         assert not (tmp_path / "b").exists()
 
 
+@pytest.mark.parametrize("save", [save_opt, save_hf])
+def test_pairs_come_back(save, tmp_path):
+    model = zero_some(make(dataclasses.replace(OPT_TINY, layers=1)))
+    compress(model, [("k_proj", Treatment(paired=True))])
+    save(model, tmp_path / "a")
+    before, after = (weights_of_k_proj(m) for m in (model, load_opt(tmp_path / "a")))
+    assert before.paired and after.paired
+    jax.tree.map(np.testing.assert_array_equal, before, after)
+
+
 def test_transformers_is_not_led_to_believe_that_it_can_load_it(tmp_path, compressed):
     save_hf(compressed, tmp_path / "a")
     assert json.loads((tmp_path / "a" / "config.json").read_text())["model_type"] == "opt-unstructured"
@@ -423,6 +435,7 @@ def test_a_truncated_file_is_refused(saved):
         lambda layout: layout["arrays"].update(values=["floaty", [3]]),
         lambda layout: layout["arrays"].update(values=["float32", [-3]]),
         lambda layout: layout.update(shape="24x24"),
+        lambda layout: layout.update(paired="yes"),
     ],
 )
 def test_a_damaged_layout_is_named(saved, change):
@@ -482,7 +495,7 @@ dense = masked(make())
 graphdef, abstract = abstract_model(make, mesh)
 shardings = jax.tree.map(lambda x: x.sharding, abstract)
 model = nnx.merge(graphdef, jax.device_put(nnx.state(dense), shardings))
-compress(model, [("", Treatment(max_density=1.0))])
+compress(model, [("(q_proj|fc2)$", Treatment(max_density=1.0, paired=True)), ("", Treatment(max_density=1.0))])
 cuts = {name.split(".")[-1]: layer.cut.dimension for name, layer in compressed_layers(model)}
 assert cuts == {"fc1": "out", "fc2": "in", "out_proj": "in", "q_proj": "out", "k_proj": "out", "v_proj": "out"}, cuts
 for name, layer in compressed_layers(model):

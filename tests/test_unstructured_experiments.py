@@ -62,16 +62,17 @@ def test_spmm_gives_a_checked_row_for_each_product_and_goes_on_after_a_kill(tmp_
     with Run.start("unstructured_spmm", config, root=tmp_path) as run:
         rows = unstructured_spmm.measure(config, run, timer)
     assert made == [0.5, "killed", 0.8]
-    assert [(row["sparsity"], row["values"]) for row in rows] == [(0.5, "bfloat16"), (0.8, "bfloat16")]
+    kinds = [(sparsity, "bfloat16", stored) for sparsity in (0.5, 0.8) for stored in ("single", "paired")]
+    assert [(row["sparsity"], row["values"], row["layout"]) for row in rows] == kinds
     for row in rows:
         assert (row["m"], row["k"], row["n"], row["mask"]) == (48, 96, 8, "random")
         assert row["dense_us"] == row["time_us"] == 12 and row["error"] < 5e-3 and row["bound_us"] is None
         assert row["speedup"] == row["over_xla"] == 1 and row["xla_us"] == 12 and row["gbps"] > 0
-    assert rows[0]["roof"] < rows[1]["roof"]
+    assert rows[0]["roof"] < rows[2]["roof"] and rows[2]["roof"] > rows[3]["roof"]
     text, figures = unstructured_spmm.readme({"rows": rows})
-    assert "48x96 | bfloat16 |   80% | 1.00x / 1.00x |" in text and figures["unstructured_spmm.png"].startswith(
-        b"\x89PNG"
-    )
+    assert "48x96 | bfloat16        |   80% | 1.00x / 1.00x |" in text
+    assert "48x96 | bfloat16, pairs |   80% | 1.00x / 1.00x |" in text
+    assert figures["unstructured_spmm.png"].startswith(b"\x89PNG")
 
 
 def test_spmm_keeps_no_row_that_is_wrong(tmp_path):
@@ -84,7 +85,7 @@ def test_spmm_keeps_no_row_that_is_wrong(tmp_path):
 
 
 def test_spmm_takes_the_layers_of_a_pruned_model(pruned):
-    config = dataclasses.replace(SPMM, source=str(pruned), value_dtypes=("dtype", "int8"))
+    config = dataclasses.replace(SPMM, source=str(pruned), value_dtypes=("dtype", "int8"), layouts=("single",))
     problems = {problem.named["layer"]: problem for problem in unstructured_spmm.problems(config)}
     assert len(problems) == 6 and {problem.named["model"] for problem in problems.values()} == {"pruned"}
     w = problems["layers.0.fc1"].make()
@@ -139,16 +140,17 @@ def test_a_random_model_is_never_dense_as_a_whole(monkeypatch):
     config = OPTConfig(vocab_size=64, layers=1, d_model=32, heads=2, d_ff=32, max_length=64)
     alive, convert = [], opt_decode_pruned.UnstructuredLinear.from_linear
 
-    def counted(linear):
-        layer = convert(linear)
+    def counted(linear, paired):
+        layer = convert(linear, paired=paired)
         kernels = [x for x in jax.live_arrays() if x.shape == (32, 32)]
         alive.append(len(kernels))
         return layer
 
     before = sum(x.shape == (32, 32) for x in jax.live_arrays())
     monkeypatch.setattr(opt_decode_pruned.UnstructuredLinear, "from_linear", counted)
-    model = opt_decode_pruned.random_opt(config, 0.7, jax.random.key(0))
+    model = opt_decode_pruned.random_opt(config, 0.7, jax.random.key(0), paired=True)
     layers = dict(compressed_layers(model))
+    assert all(layer.paired for layer in layers.values())
     assert len(layers) == len(alive) == 6 and max(alive) <= before + 1
     share = [np.mean(np.asarray(layer.weights.to_dense()) == 0) for layer in layers.values()]
     assert np.mean(share) == pytest.approx(0.7, abs=0.02)
@@ -160,7 +162,8 @@ def test_a_pruned_model_is_measured_as_it_is_and_compressed(pruned, monkeypatch)
     monkeypatch.setattr(opt, "time_decode", lambda *arguments, **options: (1.0, None))
     config = dataclasses.replace(DECODE, source=str(pruned))
     dense, sparse = opt_decode_pruned.measure_model(config, str(pruned), None)
-    assert dense["variant"] == "dense" and sparse["variant"] == "unstructured"
+    paired = opt_decode_pruned.measure_model(dataclasses.replace(config, paired=True), str(pruned), None)[1]
+    assert [row["variant"] for row in (dense, sparse, paired)] == ["dense", "unstructured", "paired"]
     assert sparse["sparsity"] == pytest.approx(0.7, abs=0.05) and sparse["error"] < 1e-5
     assert dense["model"] == sparse["model"] == "pruned" and dense["weights"] == "pruned"
 

@@ -53,12 +53,48 @@ def matrix(pattern: str, shape: tuple[int, int] = SHAPE, dtype: str = "bfloat16"
 PATTERNS = ("empty", "full", "tenth", "half", "one row", "even columns", "clustered", "one value")
 
 
+def compress_all(paired: bool) -> dict[str, UnstructuredWeights]:
+    """Each pattern; under jit but for one, so that all have the same shapes, and little is compiled."""
+    compress = jax.jit(UnstructuredWeights.from_dense, static_argnames="paired")
+    traced = {pattern: compress(jnp.asarray(matrix(pattern)), paired=paired) for pattern in PATTERNS}
+    return traced | {"half": UnstructuredWeights.from_dense(jnp.asarray(matrix("half")), paired=paired)}
+
+
 @pytest.fixture(scope="module")
 def compressed():
-    """Of each pattern; under jit but for one, so that all have the same shapes, and little is compiled."""
-    compress = jax.jit(UnstructuredWeights.from_dense)
-    traced = {pattern: compress(jnp.asarray(matrix(pattern))) for pattern in PATTERNS}
-    return traced | {"half": UnstructuredWeights.from_dense(jnp.asarray(matrix("half")))}
+    return compress_all(paired=False)
+
+
+@pytest.fixture(scope="module")
+def in_pairs():
+    return compress_all(paired=True)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_pairs_round_trip_exactly(in_pairs, pattern):
+    weights = in_pairs[pattern]
+    weights.check()
+    np.testing.assert_array_equal(np.asarray(weights.to_dense()), matrix(pattern))
+    kept = matrix(pattern).reshape(100, 550, 2).any(axis=2)
+    assert weights.blocks == 18 and weights.masks.shape == (8, 9, 32)
+    stored = np.bitwise_count(np.asarray(weights.masks)).sum()
+    assert kept.sum() <= stored  # those that lag store zeros
+    if pattern == "tenth":
+        assert stored < 1.02 * kept.sum()
+
+
+def test_a_mask_word_of_pairs_serves_two_blocks():
+    """Each element's bit, one at a time, of three blocks: the third word's second half is empty."""
+    for block, t in ((0, 0), (1, 3), (2, 15)):
+        present = np.zeros((3, 64, 16), bool)
+        present[block, 2 * 5 : 2 * 5 + 2, t] = True
+        words = np.asarray(layout.to_words(jnp.asarray(present), paired=True))
+        expected = np.zeros((2, 32), np.uint32)
+        expected[block // 2, 5] = 1 << layout.bit(block % 2, t)
+        np.testing.assert_array_equal(words, expected)
+        np.testing.assert_array_equal(layout.to_bits(jnp.asarray(words), 3, paired=True), present)
+        counts = np.asarray(layout.counts(jnp.asarray(words), 3, paired=True))
+        np.testing.assert_array_equal(counts, present.sum(axis=-1))
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
@@ -98,14 +134,15 @@ def test_special_values_are_kept_but_for_the_sign_of_zero():
     np.testing.assert_array_equal(dense.view(np.int32), w.view(np.int32))
 
 
-@pytest.mark.parametrize("density", [0.1, 0.5])
-def test_size_and_drift_of_random_masks(density):
+@pytest.mark.parametrize(("density", "paired"), [(0.1, False), (0.5, False), (0.2, True)])
+def test_size_and_drift_of_random_masks(density, paired):
     rng = np.random.default_rng(1)
     w = (rng.random((64, 4096)) < density).astype(np.float32)
-    weights = UnstructuredWeights.from_dense(jnp.asarray(w, jnp.bfloat16))
+    weights = UnstructuredWeights.from_dense(jnp.asarray(w, jnp.bfloat16), paired=paired)
     weights.check()
     assert weights.nbytes == sum(x.nbytes for x in jax.tree.leaves(weights))
-    assert weights.nbytes / w.size <= 1.1 * (2 * density + 1 / 8)
+    expected = 2 * (1 - (1 - density) ** 2) + 1 / 16 if paired else 2 * density + 1 / 8
+    assert weights.nbytes / w.size <= 1.1 * expected
 
 
 def test_streams_that_lag_store_zeros(compressed):
@@ -157,10 +194,11 @@ CORRUPTIONS = {
 }
 
 
+@pytest.mark.parametrize("paired", [False, True])
 @pytest.mark.parametrize("name", CORRUPTIONS)
-def test_corrupted_weights_are_refused_by_name(compressed, name):
+def test_corrupted_weights_are_refused_by_name(compressed, in_pairs, name, paired):
     corrupt, message = CORRUPTIONS[name]
-    weights = compressed["half"]
+    weights = (in_pairs if paired else compressed)["half"]
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(weights, **{name: corrupt(getattr(weights, name))}).check()
 
@@ -176,6 +214,8 @@ def test_truncated_weights_are_refused_by_name(compressed):
             dataclasses.replace(weights, **{name: getattr(weights, name)[:-1]}).check()
     with pytest.raises(ValueError, match="values must be bfloat16"):
         dataclasses.replace(weights, values=weights.values.astype(jnp.float16)).check()
+    with pytest.raises(ValueError, match=r"masks must be uint32\[8, 9, 32\]; got uint32\[8, 18, 32\]"):
+        dataclasses.replace(weights, paired=True).check()
 
 
 @pytest.mark.parametrize(("pattern", "n"), [("full", 13), ("tenth", 1)])
@@ -212,8 +252,12 @@ def test_bad_arguments_are_refused(compressed, unchecked):
         with pytest.raises(ValueError, match=message):
             unstructured_matmul(**({"weights": weights, "x": x} | wrong))  # pyright: ignore[reportArgumentType]
     eight_bit = dataclasses.replace(weights, values=weights.values.astype(jnp.int8), scales=jnp.ones(100))
-    for other, got in ((eight_bit, r"of bfloat16, .* of int8"), (dataclasses.replace(weights, shape=(99, 1100)), "99")):
-        with pytest.raises(ValueError, match=f"weights must be of one shape, dtype and dtype of values; got .*{got}"):
+    for other, got in (
+        (eight_bit, r"of bfloat16, .* of int8"),
+        (dataclasses.replace(weights, shape=(99, 1100)), "99"),
+        (dataclasses.replace(weights, paired=True), r"of bfloat16, .* of paired bfloat16"),
+    ):
+        with pytest.raises(ValueError, match=f"weights must be of one shape, dtype and kind of values; got .*{got}"):
             unstructured_matmuls([weights, other], x)
     with pytest.raises(ValueError, match="weights must be one at least, with a bias or None each; got 1, 2"):
         unstructured_matmuls([weights], x, [None, None])
@@ -228,7 +272,8 @@ def test_bad_arguments_are_refused(compressed, unchecked):
 
 
 MACHINE_OPERATIONS = (
-    "begin_barriers", "expect", "copy", "wait", "copy_chunk", "wait_for_chunks", "load_half", "multiply_block"
+    "begin_barriers", "expect", "copy", "wait", "copy_chunk", "wait_for_chunks", "load_half", "load_word",
+    "multiply_block"
 )  # fmt: skip
 
 
@@ -311,6 +356,9 @@ class Machine:
         banks = np.sort(lanes.BLOCK.by_warp(places // 4 % 32), axis=1)
         assert (banks == np.arange(32)).all(), "a bank conflict"
         return Int(self.bytes[places].astype(np.int64) | self.bytes[places + 1].astype(np.int64) << 8)
+
+    def load_word(self, address):
+        return Int(sum(self.load_half(address, 2 * half).value << 16 * half for half in (0, 1)))
 
     def multiply_block(self, acc, a, x, tiles, dtype):
         """By the PTX manual's fragments of wgmma.m64nNk16: a warp has 16 rows, each a quarter of a warpgroup's."""
@@ -397,20 +445,26 @@ def on_numpy(machine: Machine):
 
 
 @pytest.mark.parametrize(
-    ("pattern", "n", "blocks", "warpgroups", "lands_late"),
+    ("pattern", "paired", "n", "blocks", "warpgroups", "lands_late"),
     [
-        ("half", 13, 3, 1, True),
-        ("one row", 8, 1, 1, False),
-        ("full", 8, 2, 2, True),
-        ("full", 8, 2, 1, False),
-        ("empty", 8, 5, 1, True),
+        ("half", False, 13, 3, 1, True),
+        ("one row", False, 8, 1, 1, False),
+        ("full", False, 8, 2, 2, True),
+        ("full", False, 8, 2, 1, False),
+        ("empty", False, 8, 5, 1, True),
+        ("tenth", True, 13, 3, 1, True),
+        ("one row", True, 8, 1, 1, False),
+        ("full", True, 8, 2, 2, True),
+        ("empty", True, 8, 5, 1, True),
     ],
 )
-def test_device_code_on_numpy_lanes(compressed, pattern, n, blocks, warpgroups, lands_late, unchecked, getkey):
+def test_device_code_on_numpy_lanes(
+    compressed, in_pairs, pattern, paired, n, blocks, warpgroups, lands_late, unchecked, getkey
+):
     """Every thread's code, with its ring, its barriers and its bits: sums as of the dense product."""
     config = Config(warpgroups=warpgroups, pieces=4 + blocks % 3)
     x = jax.random.normal(getkey(), (1100, n), jnp.bfloat16)
-    sums = sums_on_numpy([compressed[pattern]], x, config, blocks, lands_late)
+    sums = sums_on_numpy([(in_pairs if paired else compressed)[pattern]], x, config, blocks, lands_late)
     assert relative_error(sums[0], matrix(pattern).astype(np.float64) @ np.asarray(x, np.float64)) < 1e-5
 
 
@@ -464,11 +518,12 @@ def test_x_lies_as_the_b_operand_of_wgmma(n, warpgroups, compressed, unchecked):
 
 
 @pytest.mark.parametrize(
-    ("pattern", "blocks", "lands_late"), [("half", 3, True), ("one row", 2, False), ("full", 1, True)]
+    ("pattern", "paired", "blocks", "lands_late"),
+    [("half", False, 3, True), ("one row", False, 2, False), ("full", False, 1, True), ("tenth", True, 3, True)],
 )
-def test_device_code_that_expands_on_numpy_lanes(compressed, pattern, blocks, lands_late, unchecked):
+def test_device_code_that_expands_on_numpy_lanes(compressed, in_pairs, pattern, paired, blocks, lands_late, unchecked):
     """The dense matrix, to the bit; each word of it is written once."""
-    weights = compressed[pattern]
+    weights = (in_pairs if paired else compressed)[pattern]
     division = divide([weights], 0, Config(warpgroups=1, pieces=4 + blocks % 2), blocks)
     out = np.zeros((division.strips * layout.STRIP, division.blocks * layout.BLOCK // 2), np.uint32)
     dense = run_on_numpy(device.expand, division, [weights], [], out, lands_late)
@@ -492,11 +547,12 @@ def run_on_numpy(kernel, division, weights, more, out: np.ndarray, lands_late: b
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("config", [Config(), Config(pieces=4), Config(warpgroups=3, pieces=7)])
+@pytest.mark.parametrize("paired", [False, True])
 @pytest.mark.parametrize("pattern", PATTERNS)
-def test_patterns_on_a_gpu(compressed, pattern, config, getkey):
-    x = jax.random.normal(getkey(), (1100, 24), jnp.bfloat16)
-    out = unstructured_matmul(compressed[pattern], x, config=config, implementation="mosaic_gpu")
-    assert (expand(compressed[pattern], config, interpret=False) == matrix(pattern)).all()
+def test_patterns_on_a_gpu(compressed, in_pairs, pattern, paired, config, getkey):
+    x, weights = jax.random.normal(getkey(), (1100, 24), jnp.bfloat16), (in_pairs if paired else compressed)[pattern]
+    out = unstructured_matmul(weights, x, config=config, implementation="mosaic_gpu")
+    assert (expand(weights, config, interpret=False) == matrix(pattern)).all()
     assert relative_error(out, matrix(pattern).astype(np.float64) @ np.asarray(x, np.float64)) < 5e-3
 
 

@@ -9,6 +9,9 @@ On an H200, weights read from memory (28672 x 7168, 16 tokens): 1.3 times as qui
 1.4 at 70%, with XLA's transposes of x and y, which a model does without. By the kernel before, which had x laid out by
 XLA: 1.4 and 1.5; for 32 tokens 1.2 and 1.4.
 
+Above some 70% zeros the kernel is bound by its instructions. `paired=True` of `UnstructuredWeights.from_dense` stores
+elements two by two, for a decoder of two thirds of them; it has not been timed yet.
+
 Sources: Flash-LLM (VLDB'24), section 3; SpInfer (EuroSys'25).
 """
 
@@ -115,7 +118,7 @@ def unstructured_matmuls(
     some 3 us of waiting and adds up what its blocks share, so small matrices gain by it.
 
     Args:
-        weights: one matrix at least, all of one shape, dtype and dtype of values.
+        weights: one matrix at least, all of one shape, dtype and dtype of values, all paired or none.
         x: [in, n], of that dtype, which all are multiplied with.
         biases: of each matrix, or None for it; None for none at all.
         activation: as of `unstructured_matmul`, as what follows.
@@ -193,9 +196,11 @@ def _check_arguments(weights, x, biases, activation: str | None) -> None:
     for matrix in weights:
         if not isinstance(matrix, UnstructuredWeights):
             raise ValueError(f"weights must be UnstructuredWeights; got {type(matrix).__name__}")
-    kinds = [f"{matrix.dtype}{list(matrix.shape)} of {matrix.values.dtype}" for matrix in weights]
+    kinds = [
+        f"{matrix.dtype}{list(matrix.shape)} of {'paired ' * matrix.paired}{matrix.values.dtype}" for matrix in weights
+    ]
     if len(set(kinds)) > 1:
-        raise ValueError(f"weights must be of one shape, dtype and dtype of values; got {', '.join(kinds)}")
+        raise ValueError(f"weights must be of one shape, dtype and kind of values; got {', '.join(kinds)}")
     (rows, columns), dtype = weights[0].shape, weights[0].dtype
     if x.ndim != 2 or x.shape[0] != columns or x.dtype != dtype:
         raise ValueError(f"x must be {dtype}[{columns}, n]; got {x.dtype}{list(x.shape)}")

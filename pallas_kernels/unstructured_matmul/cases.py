@@ -28,7 +28,7 @@ def peers(weights, x, bias=None, activation: str | None = None):
     return {"xla": lambda weights, x, bias=None, *_: finish(xla(weights, x), weights.scales, bias, activation)}
 
 
-_compress = jax.jit(UnstructuredWeights.from_dense, static_argnums=1)
+_compress = jax.jit(UnstructuredWeights.from_dense, static_argnums=(1, 2))
 
 
 def _case(
@@ -40,6 +40,7 @@ def _case(
     bias: bool = False,
     activation: str | None = None,
     value_dtype: str | None = None,
+    paired: bool = False,
     clustered: bool = False,
     dtypes: tuple[str, ...] = ("bfloat16",),
     **flags: bool,
@@ -56,7 +57,7 @@ def _case(
         b = shape[1] ** 0.5 * jax.random.normal(key_bias, shape[:1], dtype) if bias else None
         # Timed as it is used; where it is only checked, under jit: all that have a shape in common then share code.
         compress = UnstructuredWeights.from_dense if flags.get("bench") else _compress
-        return compress(w, value_dtype), x, b, activation
+        return compress(w, value_dtype, paired), x, b, activation
 
     return Case(name=name, make=make, dtypes=dtypes, gradient=False, **flags)
 
@@ -68,16 +69,26 @@ CASES = (
     _case(
         "clustered, 13 tokens", shape=(100, 1100), n=13, density=0.2, clustered=True, dtypes=("float16",), small=True
     ),
+    _case("pairs", shape=(100, 1100), n=8, density=0.2, bias=True, paired=True, small=True),
     _case("dense", shape=(96, 130), n=3, density=1.0, activation="gelu"),
     _case("all zero", shape=(96, 130), n=1, density=0.0, bias=True),
     _case("int8 values", shape=(96, 130), n=16, density=0.4, value_dtype="int8"),
     _case("float8 values", shape=(96, 130), n=16, density=0.4, value_dtype="float8_e4m3fn", bias=True),
     _case("80 tokens", shape=(96, 130), n=80, density=0.3, activation="silu", dtypes=("bfloat16", "float32")),
     _case("200 tokens", shape=(96, 130), n=200, density=0.3),
+    _case("pairs, 200 tokens", shape=(96, 130), n=200, density=0.3, paired=True),
     *(
-        _case(f"{m}x{k}, n {n}, {zeros}%", shape=(m, k), n=n, density=1 - zeros / 100, bench=True)
+        _case(
+            f"{m}x{k}, n {n}, {zeros}%{', pairs' * paired}",
+            shape=(m, k),
+            n=n,
+            density=1 - zeros / 100,
+            paired=paired,
+            bench=True,
+        )
         for m, k in BENCH_SHAPES
         for zeros in (50, 60, 70, 80)
+        for paired in ((False, True) if zeros > 60 else (False,))
         for n in (8, 16, 32)
     ),
 )

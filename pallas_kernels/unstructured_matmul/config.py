@@ -63,7 +63,7 @@ def candidates(weights, x, bias=None, activation: str | None = None) -> list[Con
     """
     del bias, activation
     matrices = weights if isinstance(weights, tuple) else (weights,)
-    strips, blocks, _ = matrices[0].masks.shape
+    strips, blocks = matrices[0].strips, matrices[0].blocks
     rows = sum(matrix.values.shape[0] for matrix in matrices)
     pieces = (5, 4) if rows > MANY_ROWS * len(matrices) * strips * blocks else (4, 5)
     wanted = [*(Config(pieces=p) for p in pieces), Config(warpgroups=3, pieces=7)]

@@ -6,6 +6,7 @@ written: those of the blocks that share a group lie in different slots, and XLA 
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 
 from pallas_kernels.tile import lane as ln
@@ -15,7 +16,6 @@ from pallas_kernels.unstructured_matmul.config import QUAD, ROW_BYTES, TILE_N
 from pallas_kernels.unstructured_matmul.division import Part, Work
 from pallas_kernels.unstructured_matmul.pipelines import LAG_PIECES, PIECE_BYTES, X_TILE_BYTES, Ring, Stages
 
-STATE = QUAD + 4  # values that a strip carries from quad to quad
 REGISTERS = 4  # of an accumulator of 16 x 8
 
 # permute_bytes(odd, even, NOTHING + e * EVEN + o * ODD) is {even or 0, odd or 0}: nibbles 3 and 2 name zeros of the odd
@@ -23,6 +23,7 @@ REGISTERS = 4  # of an accumulator of 16 x 8
 NOTHING, EVEN = 0xFF32, 0x22  # and ODD is 0x1100 = 0x80 * EVEN: one product of bytes adds both
 EVEN_ONES = 0x55555555  # the even stream's bits, all of them
 EVEN_BITS, ODD_BITS = 0x01010101, -0x7F7F7F80  # as signed: 0x80808080
+SIGNS, EVERY_NIBBLE = 0x8888, 0x1111  # permute_bytes' selector of the sign of byte 0, four times; and one byte on
 
 
 def decode(word: Int, even: Int, odd: Int) -> list[Int]:
@@ -39,6 +40,20 @@ def decode(word: Int, even: Int, odd: Int) -> list[Int]:
             halves = warp.load_half(odd_place, 2), warp.load_half(even_place, 0)
             registers.append(warp.permute_bytes(*halves, selector))
         even, odd = warp.dot_bytes(evens, ROW_BYTES * EVEN_BITS, even), warp.dot_bytes(odds, EVEN_BITS, odd)
+    return registers
+
+
+def decode_pairs(word: Int, odd: int, place: Int) -> list[Int]:
+    """The same of a paired lane: the word serves two blocks, of which this is the odd one or not."""
+    registers = []
+    for g in range(4):
+        bits = warp.rotate_right(word, (2 * g + (0 if odd else 25)) % 32) & ODD_BITS  # a bit is ROW_BYTES
+        for j in range(4):
+            before = EVEN_BITS & ((1 << 8 * j) - 1)
+            own = warp.dot_bytes(bits, before, place) if j else place
+            stored = warp.permute_bytes(bits, bits, ln.constant(SIGNS + j * EVERY_NIBBLE))
+            registers.append(warp.load_word(own) & stored)
+        place = warp.dot_bytes(bits, EVEN_BITS, place)
     return registers
 
 
@@ -123,8 +138,8 @@ class Start:
         part: the part.
         matrix: which it is of.
         loaded: what it loads before, all at once, as each load takes its time: the rows of the first and the last
-            section (of the stream furthest back), the lags of the lane's even and odd stream here and there, and its
-            words of the first quad.
+            section (of the stream furthest back), the lags of the lane's streams here and there, and its words of
+            the first quad.
     """
 
     part: Part
@@ -135,7 +150,8 @@ class Start:
     def load(cls, part: Part, matrix: Matrix) -> "Start":
         lane, own = ln.thread() % ln.WARP, part.own(ln.warp())
         ends = [own * part.work.sections + section for section in (part.first, part.last)]
-        lags = [matrix.lags.load(end * layout.STREAMS + lane * 2 + half) for end in ends for half in (0, 1)]
+        halves = range(part.work.streams)
+        lags = [matrix.lags.load(end * layout.STREAMS + lane * 2 + half) for end in ends for half in halves]
         words = load_words(part, matrix.masks, _first_word(part), ln.constant(0))
         return cls(part, matrix, [*(matrix.rows.load(end) for end in ends), *lags, *words])
 
@@ -146,15 +162,16 @@ class Start:
     @property
     def rows(self) -> Int:
         """Of values; there is always one more, and a piece to wait for."""
-        return ln.maximum(self.loaded[1] - self.first + ln.warp_max(ln.maximum(*self.loaded[4:6])), 1)
+        streams = self.part.work.streams
+        return ln.maximum(self.loaded[1] - self.first + _furthest(self.loaded[2 + streams : 2 + 2 * streams]), 1)
 
     @property
     def lags(self) -> list[Int]:
-        return self.loaded[2:4]
+        return self.loaded[2 : 2 + self.part.work.streams]
 
     @property
     def words(self) -> list[Int]:
-        return self.loaded[6:]
+        return self.loaded[2 + 2 * self.part.work.streams :]
 
     @property
     def first_word(self) -> Int:
@@ -168,16 +185,24 @@ class Start:
             warp.prefetch(self.matrix.values, ROW_BYTES, self.first, rows * ROW_BYTES)
 
 
+def _furthest(streams: Sequence[Int]) -> Int:
+    """Of all lanes'."""
+    return ln.warp_max(functools.reduce(ln.maximum, streams))
+
+
 def _first_word(part: Part) -> Int:
-    return (part.own(ln.warp()) * part.work.blocks + part.first_block) * ln.WARP + ln.thread() % ln.WARP
+    per = part.work.blocks_a_word
+    in_strip = layout.mask_blocks(part.work.blocks, part.work.paired)
+    return (part.own(ln.warp()) * in_strip + part.first_block // per) * ln.WARP + ln.thread() % ln.WARP
 
 
 def load_words(part: Part, masks: Array, first_word: Int, first: Int) -> list[Int]:
     """The lane's mask words of the quad from block `first` on; zeros behind the part's last block."""
-    words = []
-    for block in (first + i for i in range(QUAD)):
-        word = masks.load(first_word + ln.minimum(block, part.blocks - 1) * ln.WARP)
-        words.append(ln.select(block < part.blocks, word, 0))
+    per, words = part.work.blocks_a_word, []
+    count = (part.blocks + (per - 1)) // per
+    for number in (first // per + i for i in range(QUAD // per)):
+        word = masks.load(first_word + ln.minimum(number, count - 1) * ln.WARP)
+        words.append(ln.select(number < count, word, 0))
     return words
 
 
@@ -188,13 +213,13 @@ class Strip:
     Attributes:
         start: where it begins.
         ring: its values.
-        even, odd: where the lane's streams start, in bytes from the ring's beginning on.
+        streams: where the lane's streams start, in bytes from the ring's beginning on: the even and the odd one, or
+            that of words.
     """
 
     start: Start
     ring: Ring
-    even: Int
-    odd: Int
+    streams: list[Int]
 
     @classmethod
     def begin(cls, start: Start, ring: Int, barriers: Int, before: Int) -> "Strip":
@@ -210,15 +235,14 @@ class Strip:
             rows=start.rows,
         )
         origin = before * PIECE_BYTES + ln.thread() % ln.WARP * 4
-        even, odd = (origin + lag * ROW_BYTES for lag in start.lags)
-        strip = cls(start=start, ring=pieces, even=even, odd=odd)
+        strip = cls(start=start, ring=pieces, streams=[origin + lag * ROW_BYTES for lag in start.lags])
         strip._fill()
         return strip
 
     @property
     def top(self) -> Int:
         """Where the stream furthest ahead starts."""
-        return ln.warp_max(ln.maximum(self.even, self.odd))
+        return _furthest(self.streams)
 
     def _fill(self) -> None:
         """Begins the first copies."""
@@ -236,47 +260,59 @@ class Strip:
                 self.ring.wait(piece)
 
     def state(self) -> list[Int]:
-        """What changes from quad to quad: its words, both streams, the furthest one, pieces copied."""
-        return [*self.start.words, self.even, self.odd, self.top, self.ring.ready_for(self.top)]
+        """What changes from quad to quad: its words, the streams, the furthest one, pieces copied."""
+        return [*self.start.words, *self.streams, self.top, self.ring.ready_for(self.top)]
 
     def decode_quad(self, state: list[Int], first: Int, consume: Callable[[int, list[Int]], None]) -> list[Int]:
         """Four blocks from block `first` on, each decoded and consumed before the next; the state after them.
 
         Their mask words were loaded one quad before: a load that is carried on is waited for.
         """
-        words, (*before, issued) = state[:QUAD], state[QUAD:]
-        start = self.start
+        start, count = self.start, QUAD // self.start.part.work.blocks_a_word
+        words, (*before, issued) = state[:count], state[count:]
         following = load_words(start.part, start.matrix.masks, start.first_word, first + QUAD)
-        places = self.places(words, *before)
-        for block, word in enumerate(words):
-            registers, issued = self.decode(word, places[block], places[block + 1][-1], issued)
+        places = self.places(words, before)
+        for block in range(QUAD):
+            registers, issued = self.decode(block, words, places[block], places[block + 1][-1], issued)
             consume(block, registers)
         return [*following, *places[-1], issued]
 
-    def places(self, words: Sequence[Int], even: Int, odd: Int, top: Int) -> list[tuple[Int, Int, Int]]:
-        """Both streams and the furthest one before each block of a quad, and after the last."""
-        places = [(even, odd, top)]
-        for word in words:
-            even, odd = (x + ln.popcount(bits & EVEN_ONES) * ROW_BYTES for x, bits in ((even, word), (odd, word >> 1)))
-            places.append((even, odd, ln.warp_max(ln.maximum(even, odd))))
+    def places(self, words: Sequence[Int], before: list[Int]) -> list[list[Int]]:
+        """The streams and the furthest one before each block of a quad, and after the last."""
+        places = [before]
+        for block in range(QUAD):
+            *streams, _ = places[-1]
+            if self.start.part.work.paired:
+                stored = [words[block // 2] >> block % 2]
+            else:
+                stored = [words[block], words[block] >> 1]
+            counts = [ln.popcount(bits & EVEN_ONES) for bits in stored]
+            streams = [x + count * ROW_BYTES for x, count in zip(streams, counts, strict=True)]
+            places.append([*streams, _furthest(streams)])
         return places
 
-    def decode(self, word: Int, before: tuple[Int, Int, Int], end: Int, issued: Int) -> tuple[list[Int], Int]:
+    def decode(
+        self, block: int, words: Sequence[Int], before: list[Int], end: Int, issued: Int
+    ) -> tuple[list[Int], Int]:
         """A block's registers, and the pieces copied so far: one more may be, and what the block needs is waited for.
 
         Args:
-            word: the lane's mask word.
-            before: both streams and the furthest one.
+            block: which one of the quad.
+            words: the lane's mask words of the quad.
+            before: the streams and the furthest one.
             end: the furthest one after it.
             issued: pieces copied before.
         """
-        even, odd, top = before
+        *streams, top = before
         ready = self.ring.ready_for(top)
         warp.warp_barrier()  # every lane has read what is overwritten now
         with ln.when((ln.thread() % ln.WARP).equals(0) & (issued < ready)):
             self.ring.copy(issued)
         self.ring.wait(self.ring.needed_before(end))
-        return decode(word, self.ring.place(even), self.ring.place(odd)), ready
+        places = [self.ring.place(stream) for stream in streams]
+        if self.start.part.work.paired:
+            return decode_pairs(words[block // 2], block % 2, *places), ready
+        return decode(words[block], *places), ready
 
 
 def _multiply_strip(work: Work, strip: Strip, stages: Stages, ahead: Callable[[], None]) -> list[Int]:
@@ -284,15 +320,15 @@ def _multiply_strip(work: Work, strip: Strip, stages: Stages, ahead: Callable[[]
 
     The first stage is under way; `ahead` is done when the last one begins.
     """
-    block_bytes = work.tiles * X_TILE_BYTES
+    block_bytes, begin = work.tiles * X_TILE_BYTES, strip.state()
 
     def multiply_quad(first, place, carry):
-        sums = carry[STATE:]
+        sums = carry[len(begin) :]
 
         def multiply(block, registers):
             sums[:] = warp.multiply_block(sums, registers, place + block * block_bytes, work.tiles, work.dtype)
 
-        return strip.decode_quad(carry[:STATE], first, multiply) + sums
+        return strip.decode_quad(carry[: len(begin)], first, multiply) + sums
 
     def multiply_stage(stage, carry):
         stages.wait()
@@ -306,8 +342,8 @@ def _multiply_strip(work: Work, strip: Strip, stages: Stages, ahead: Callable[[]
 
         return ln.loop(stages.quads_of(stage), carry, next_quad)
 
-    carry = strip.state() + [ln.constant(0)] * (REGISTERS * work.tiles)
-    return ln.loop(stages.count, carry, multiply_stage)[STATE:]
+    carry = begin + [ln.constant(0)] * (REGISTERS * work.tiles)
+    return ln.loop(stages.count, carry, multiply_stage)[len(begin) :]
 
 
 def _store_sums(work: Work, block: Int, part: Part, out: Array, sums: list[Int]) -> None:

@@ -22,6 +22,7 @@ class Work:
         config: the tiling.
         units: that a block takes, of sections * groups.
         dtype: "bfloat16" or "float16".
+        paired: whether a lane's two streams are one, of words.
     """
 
     matrices: int
@@ -32,6 +33,17 @@ class Work:
     config: Config
     units: int
     dtype: str
+    paired: bool
+
+    @property
+    def streams(self) -> int:
+        """Of a lane, whose places are its own."""
+        return 1 if self.paired else 2
+
+    @property
+    def blocks_a_word(self) -> int:
+        """Of a lane's mask words."""
+        return 2 if self.paired else 1
 
     @property
     def sections(self) -> int:

@@ -4,12 +4,15 @@ A strip is 16 rows, a block 64 columns of one. The four mma.m16n8k16 that multip
 registers of two elements: register t = 4 q + 2 c + r holds row l // 4 + 8 r and the columns 16 q + 8 c + 2 (l % 4) and
 one more. The lower halves are the lane's even stream, the upper ones its odd stream, in the order of t: 64 streams of
 16 elements a block, numbered 2 * lane + half.
+
+Paired, both streams of a lane store the same places: those where either element is not zero. They stay side by side, so
+a word of values is a register; and the bits of one of them are enough, so a mask word serves two blocks.
 """
 
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Shaped, UInt8, UInt32
+from jaxtyping import Array, Int32, Shaped, UInt8, UInt32
 
 LANES = 32
 STREAMS = 2 * LANES  # one row of stored values: 32 lanes x (even, odd), so that each lane reads a bank of its own
@@ -28,6 +31,11 @@ def bit(half, t):
     decoder needs of four elements is in four bytes, and a dot product of bytes (dp4a) counts them or makes a selector.
     """
     return (8 * (t % 4) + 2 * (t // 4) + 7 * half) % 32
+
+
+def mask_blocks(blocks: int, paired: bool) -> int:
+    """Words of a lane that the masks of a strip's blocks take."""
+    return -(-blocks // 2) if paired else blocks
 
 
 def padded(shape: tuple[int, ...]) -> tuple[int, int]:
@@ -58,16 +66,36 @@ def _shifts(leading: int) -> UInt32[Array, "*ones halves depth"]:
     return bit(half, t).reshape(*(1,) * leading, 2, DEPTH)
 
 
-def to_words(present: Shaped[Array, "*blocks streams depth"]) -> UInt32[Array, "*blocks lanes"]:
-    """The mask words of elements that are stored or not."""
+def to_words(
+    present: Shaped[Array, "*strips blocks streams depth"], paired: bool = False
+) -> UInt32[Array, "*strips words lanes"]:
+    """The mask words of elements that are stored or not; of two blocks, if they are stored in pairs."""
     halves = present.reshape(*present.shape[:-2], LANES, 2, DEPTH).astype(jnp.uint32)
+    if paired:  # the bits of the even stream: of an even block in their own place, of an odd one in the odd stream's
+        evens, words = halves[..., 0, :], mask_blocks(present.shape[-3], True)
+        pad = [(0, 0)] * (evens.ndim - 3) + [(0, 2 * words - present.shape[-3]), (0, 0), (0, 0)]
+        halves = jnp.pad(evens, pad).reshape(*evens.shape[:-3], words, 2, LANES, DEPTH).swapaxes(-3, -2)
     return (halves << _shifts(halves.ndim - 2)).sum(axis=(-2, -1), dtype=jnp.uint32)
 
 
-def to_bits(words: UInt32[Array, "*blocks lanes"]) -> UInt8[Array, "*blocks streams depth"]:
-    """1 for each element that is stored: the inverse of `to_words`."""
-    bits = (words[..., None, None] >> _shifts(words.ndim)) & 1
-    return bits.astype(jnp.uint8).reshape(*words.shape[:-1], STREAMS, DEPTH)
+def to_bits(
+    words: UInt32[Array, "*strips words lanes"], blocks: int, paired: bool = False
+) -> UInt8[Array, "*strips blocks streams depth"]:
+    """1 for each element of so many blocks that is stored: the inverse of `to_words`."""
+    bits = ((words[..., None, None] >> _shifts(words.ndim)) & 1).astype(jnp.uint8)
+    if paired:
+        evens = bits.swapaxes(-3, -2).reshape(*words.shape[:-2], -1, LANES, DEPTH)[..., :blocks, :, :]
+        bits = jnp.stack([evens, evens], axis=-2)
+    return bits.reshape(*bits.shape[:-3], STREAMS, DEPTH)
+
+
+def counts(words: UInt32[Array, "*strips words lanes"], blocks: int, paired: bool) -> Int32[Array, "..."]:
+    """How many elements of each stream are stored in each of so many blocks, [*strips, blocks, streams]."""
+    halves = lax.population_count(jnp.stack([words, words >> 1], axis=-1) & 0x55555555).astype(jnp.int32)
+    if paired:
+        evens = halves.swapaxes(-2, -1).reshape(*words.shape[:-2], -1, LANES)[..., :blocks, :]
+        halves = jnp.stack([evens, evens], axis=-1)
+    return halves.reshape(*halves.shape[:-2], STREAMS)
 
 
 def ranks(bits: UInt8[Array, "*blocks streams depth"]) -> UInt8[Array, "*blocks streams depth"]:

@@ -51,6 +51,11 @@ now, and 28672 x 7168 went from 68 us to 73):
   first values are brought to L2 when the last stage of x begins.
 - Sums are written column by column, as models have activations: to add up the slots transposes nothing.
 
+Paired, a place is a word, and a word a register (`device.decode_pairs`): 16 loads a block, 16 dp4a, 32 instructions to
+put zeros where nothing is stored, 8 for the bits, half of the mask words and of the popcounts; some 120 where single
+elements take 182, for 1.5 times their bytes at 70% and 80% zeros. Of 28672 x 7168 that is 25 us of issue, and 52 and 37
+us of memory at 4.3 TB/s. Reckoned, not timed.
+
 With more than 64 columns x is multiplied 64 at a time; with more than 128 a second kernel writes the dense matrix, and
 cuBLAS multiplies it. Reckoned, not timed: it reads 0.12 and writes 0.41 GB of 28672 x 7168, 130 us of memory, where two
 passes take 200 and the dense product of 256 columns 120.
@@ -98,7 +103,7 @@ def _interpreted(work: Work, block, warpgroup, inputs, write) -> None:
         last = jnp.where(group == end // work.sections, end % work.sections, work.sections - 1)
         part = group // work.own_groups, first, last, block - group * work.sections // work.units
         for matrix in range(work.matrices):
-            weights = _weights(arrays[matrix :: work.matrices])
+            weights = _weights(work, arrays[matrix :: work.matrices])
             starts = block_starts(weights)
             for number in range(WARPS):
                 strip = (group % work.own_groups) * work.config.warps + warpgroup * WARPS + number
@@ -111,13 +116,19 @@ def _interpreted(work: Work, block, warpgroup, inputs, write) -> None:
     lax.fori_loop(start // work.sections, end // work.sections + 1, write_part, None)
 
 
-def _weights(arrays) -> UnstructuredWeights:
+def _weights(work: Work, arrays) -> UnstructuredWeights:
     """Of these arrays; as far as decoding needs it."""
     values, masks, rows, lags = arrays
-    shape = (masks.shape[0] * layout.STRIP, masks.shape[1] * layout.BLOCK)
     return UnstructuredWeights(
-        values=values, masks=masks, rows=rows, lags=lags, scales=None, shape=shape, dtype=values.dtype
-    )  # fmt: skip
+        values=values,
+        masks=masks,
+        rows=rows,
+        lags=lags,
+        scales=None,
+        shape=(work.strips * layout.STRIP, work.blocks * layout.BLOCK),
+        dtype=values.dtype,
+        paired=work.paired,
+    )
 
 
 def _multiply_interpreted(work: Work, inputs, outputs, part, strip, w) -> None:
@@ -152,7 +163,7 @@ def _expand_interpreted(work: Work, inputs, outputs, part, strip, w) -> None:
 
 def divide(weights: Sequence[UnstructuredWeights], n: int, config: Config, blocks: int) -> Work:
     """Equal runs of units for so many blocks; of x there are n columns, or none if a matrix is to be dense."""
-    strips, in_strip, _ = weights[0].masks.shape
+    strips, in_strip = weights[0].strips, weights[0].blocks
     units = layout.sections(in_strip) * len(weights) * pl.cdiv(strips, config.warps)
     return Work(
         matrices=len(weights),
@@ -163,6 +174,7 @@ def divide(weights: Sequence[UnstructuredWeights], n: int, config: Config, block
         config=config,
         units=pl.cdiv(units, blocks),
         dtype=weights[0].values.dtype.name,
+        paired=weights[0].paired,
     )
 
 

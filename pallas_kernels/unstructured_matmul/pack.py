@@ -32,10 +32,14 @@ def _run_streams(w: jax.Array) -> jax.Array:
     return layout.to_streams(w).reshape(-1, layout.STREAMS, layout.DEPTH)
 
 
-def _is_nonzero(elements: jax.Array) -> jax.Array:
-    """By their bits: a comparison may take subnormal numbers for zeros."""
+def _is_kept(elements: Shaped[Array, "blocks streams depth"], paired: bool) -> jax.Array:
+    """What is not zero, or paired with it: by its bits, as a comparison may take subnormal numbers for zeros."""
     unsigned = jnp.dtype(f"uint{8 * elements.dtype.itemsize}")
-    return lax.bitcast_convert_type(elements, unsigned) << 1 != 0
+    kept = lax.bitcast_convert_type(elements, unsigned) << 1 != 0
+    if not paired:
+        return kept
+    pairs = kept.reshape(-1, layout.LANES, 2, layout.DEPTH)
+    return jnp.broadcast_to(pairs.any(axis=2, keepdims=True), pairs.shape).reshape(kept.shape)
 
 
 def _map_runs(function, *arrays):
@@ -43,14 +47,14 @@ def _map_runs(function, *arrays):
     return lax.map(lambda run: function(*run), arrays, batch_size=layout.runs_at_once(arrays[0].shape[-1]))
 
 
-@jax.jit
+@functools.partial(jax.jit, static_argnames="paired")
 def index(
-    w: jax.Array,
-) -> tuple[UInt32[Array, "strips blocks lanes"], Int32[Array, "strips_blocks streams"], jax.Array]:
+    w: jax.Array, paired: bool
+) -> tuple[UInt32[Array, "strips words lanes"], Int32[Array, "strips_blocks streams"], jax.Array]:
     """Masks, the row at which each stream starts in each block, and the row at which each run starts (and the end)."""
 
     def count(run):
-        return _is_nonzero(_run_streams(run)).sum(axis=-1, dtype=jnp.uint8)
+        return _is_kept(_run_streams(run), paired).sum(axis=-1, dtype=jnp.uint8)
 
     def advance(places, counts):
         ahead = places + counts.astype(jnp.int32)
@@ -58,30 +62,32 @@ def index(
         return ahead, places
 
     def mask(run, stored):
-        present = _is_nonzero(_run_streams(run))
+        present = _is_kept(_run_streams(run), paired)
         missing = stored - present.sum(axis=-1, dtype=jnp.uint8)  # what a stream that lags stores of its zeros
         zeros_so_far = jnp.cumsum(~present, axis=-1, dtype=jnp.uint8)
-        return layout.to_words(present | (zeros_so_far <= missing[..., None]))
+        present |= zeros_so_far <= missing[..., None]
+        return layout.to_words(present.reshape(layout.STRIPS, -1, *present.shape[1:]), paired)
 
     rows, columns = layout.padded(w.shape)
     strips, blocks = rows // layout.STRIP, columns // layout.BLOCK
     if not w.size:
         nowhere = jnp.zeros((0, layout.STREAMS), jnp.int32)
-        return jnp.zeros((strips, blocks, layout.LANES), jnp.uint32), nowhere, jnp.zeros(1, jnp.int32)
+        words = jnp.zeros((strips, layout.mask_blocks(blocks, paired), layout.LANES), jnp.uint32)
+        return words, nowhere, jnp.zeros(1, jnp.int32)
     runs = _by_run(w)
     counts = _map_runs(count, runs)  # [runs, blocks, streams]
     places = jnp.zeros((runs.shape[0], layout.STREAMS), jnp.int32)
     ends, starts = lax.scan(advance, places, counts.swapaxes(0, 1))
     starts = starts.swapaxes(0, 1)
     stored = jnp.diff(starts, axis=1, append=ends[:, None]).astype(jnp.uint8)
-    masks = _map_runs(mask, runs, stored).reshape(strips, blocks, layout.LANES)
+    masks = _map_runs(mask, runs, stored).reshape(strips, -1, layout.LANES)
     lengths = ends.max(axis=1)
     run_rows = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(lengths, dtype=jnp.int32)])
     return masks, (starts + run_rows[:-1, None, None]).reshape(-1, layout.STREAMS), run_rows
 
 
-@functools.partial(jax.jit, static_argnames=("rows", "value_dtype"))
-def gather_values(w, masks, starts, scales, rows: int, value_dtype: np.dtype) -> Array:
+@functools.partial(jax.jit, static_argnames=("rows", "value_dtype", "paired"))
+def gather_values(w, masks, starts, scales, rows: int, value_dtype: np.dtype, paired: bool) -> Array:
     """The rows of `values`: each element where its stream has it. Runs are taken some at a time, in place."""
     if not w.size:
         return jnp.zeros((rows, layout.STREAMS), value_dtype)
@@ -89,7 +95,7 @@ def gather_values(w, masks, starts, scales, rows: int, value_dtype: np.dtype) ->
     together = min(layout.runs_at_once(w_runs.shape[2]), n_runs)
     scales = jnp.ones(w.shape[0], jnp.float32) if scales is None else scales
     scales = jnp.pad(scales, (0, -w.shape[0] % layout.RUN), constant_values=1).reshape(n_runs, layout.RUN, 1)
-    words, starts = (x.reshape(n_runs, -1, x.shape[-1]) for x in (masks, starts))
+    words, starts = masks.reshape(n_runs, layout.STRIPS, *masks.shape[1:]), starts.reshape(n_runs, -1, layout.STREAMS)
 
     def store(step, values):
         # The last step starts earlier where `together` does not divide the runs, and stores some once more.
@@ -98,7 +104,8 @@ def gather_values(w, masks, starts, scales, rows: int, value_dtype: np.dtype) ->
             lax.dynamic_slice_in_dim(x, first, together) for x in (w_runs, scales, words, starts)
         )
         elements = jax.vmap(_run_streams)(_quantize(own_w, own_scales, value_dtype))
-        bits = layout.to_bits(own_words)
+        bits = layout.to_bits(own_words, own_starts.shape[1] // layout.STRIPS, paired)
+        bits = bits.reshape(*own_starts.shape, layout.DEPTH)
         places = own_starts[..., None] + layout.ranks(bits).astype(jnp.int32)
         nowhere = rows + jnp.arange(places.size, dtype=jnp.int32).reshape(places.shape)  # distinct, and dropped
         streams = jnp.broadcast_to(jnp.arange(layout.STREAMS, dtype=jnp.int32)[:, None], places.shape)

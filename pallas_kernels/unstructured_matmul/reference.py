@@ -6,6 +6,7 @@ from jax import lax
 from jaxtyping import Array, Float, Float32
 
 from pallas_kernels.neuron_ffn.reference import ACTIVATIONS
+from pallas_kernels.unstructured_matmul import layout
 from pallas_kernels.unstructured_matmul.weights import UnstructuredWeights, map_strips
 
 
@@ -35,7 +36,6 @@ def reference(
 def xla(weights: UnstructuredWeights, x: Float[Array, "in n"]) -> Float32[Array, "out n"]:
     """The product without scales, some strips at a time, so that the dense matrix is never there as a whole."""
     rows, columns = weights.shape
-    blocks = weights.masks.shape[1]
-    padded = jnp.pad(x, ((0, blocks * weights.masks.shape[2] * 2 - columns), (0, 0)))
+    padded = jnp.pad(x, ((0, weights.blocks * layout.BLOCK - columns), (0, 0)))
     y = map_strips(lambda strip: product(strip, padded), weights)
     return y.reshape(-1, x.shape[1])[:rows]

@@ -55,6 +55,11 @@ def load_half(address: Int, offset: int) -> Int:
     return Int(arith.extui(_i32(), llvm.load(i16, utils.getelementptr(_pointer(address), [offset], i8))))
 
 
+def load_word(address: Int) -> Int:
+    """32 bits of shared memory."""
+    return Int(llvm.load(_i32(), _pointer(address)))
+
+
 def dot_bytes(a: Int, factors: int, c: Int) -> Int:
     """c + the sum of the four bytes of a, each times that byte of `factors`, unsigned."""
     signed = factors - (factors >> 31 << 32)

@@ -25,6 +25,7 @@ def layouts(model: nnx.Module) -> dict[str, Row]:
             raise ValueError(f"{rule}; got {name} cut over {layer.cut.parts}")
         arrays = {key: [part.dtype.name, list(part.shape)] for key, part in layer.named_parts().items()}
         found[name] = {"shape": list(layer.weights.shape), "dtype": layer.dtype.name, "arrays": arrays}
+        found[name] |= {"paired": True} if layer.paired else {}
     return found
 
 
@@ -66,7 +67,10 @@ def _empty_weights(layout: Any, what: str) -> UnstructuredWeights:
         rows, columns = map(operator.index, layout["shape"])
         arrays: dict[str, Any] = dict.fromkeys(PARTS)
         arrays |= {key: jnp.zeros(shape, dtype) for key, (dtype, shape) in layout["arrays"].items()}
-        return UnstructuredWeights(**arrays, shape=(rows, columns), dtype=jnp.dtype(layout["dtype"]))
+        dtype, paired = jnp.dtype(layout["dtype"]), layout.get("paired", False)
+        if not isinstance(paired, bool):
+            raise ValueError(f"paired must be true or false; got {paired!r}")
+        return UnstructuredWeights(**arrays, shape=(rows, columns), dtype=dtype, paired=paired)
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise ValueError(f"the {what} is damaged: {error!r}") from error
 

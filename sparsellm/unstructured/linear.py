@@ -21,7 +21,7 @@ from jaxtyping import Array, Float
 from pallas_kernels.unstructured_matmul import UnstructuredWeights, unstructured_matmuls
 
 # Arrays that make up `UnstructuredWeights`; `scales` may be None.
-PARTS = tuple(f.name for f in dataclasses.fields(UnstructuredWeights) if f.name not in ("shape", "dtype"))
+PARTS = tuple(f.name for f in dataclasses.fields(UnstructuredWeights) if f.name not in ("shape", "dtype", "paired"))
 
 
 type Dimension = Literal["in", "out"]
@@ -69,7 +69,8 @@ class UnstructuredLinear(nnx.Module):
             bias: [out], or None.
             cut: over which devices; None if it is not.
         """
-        self.shape, self.dtype, self.bias, self.cut = weights.shape, np.dtype(weights.dtype), bias, cut
+        self.shape, self.dtype, self.paired = weights.shape, np.dtype(weights.dtype), weights.paired
+        self.bias, self.cut = bias, cut
         self.out_features = weights.shape[0] * (cut.parts if cut and cut.dimension == "out" else 1)
         self.in_features = weights.shape[1] * (cut.parts if cut and cut.dimension == "in" else 1)
         self.parts = _Parts()
@@ -78,8 +79,10 @@ class UnstructuredLinear(nnx.Module):
             setattr(self.parts, name, None if array is None else CompressedArray(array))
 
     @classmethod
-    def from_linear(cls, linear: nnx.Linear, name: str = "", value_dtype: str | None = None) -> "UnstructuredLinear":
-        """The same function; `name` is for messages, `value_dtype` as in `Treatment`.
+    def from_linear(
+        cls, linear: nnx.Linear, name: str = "", value_dtype: str | None = None, paired: bool = False
+    ) -> "UnstructuredLinear":
+        """The same function; `name` is for messages, `value_dtype` and `paired` as in `Treatment`.
 
         Raises:
             ValueError: the kernel is cut along both dimensions, or lies on devices of other processes.
@@ -88,7 +91,7 @@ class UnstructuredLinear(nnx.Module):
         cut = _cut(name, kernel)
 
         def convert(kernel: Float[Array, "d_in d_out"]) -> UnstructuredWeights:
-            return UnstructuredWeights.from_dense(kernel.astype(linear.dtype or kernel.dtype).T, value_dtype)
+            return UnstructuredWeights.from_dense(kernel.astype(linear.dtype or kernel.dtype).T, value_dtype, paired)
 
         if cut is None:
             return cls(convert(kernel), linear.bias)
@@ -102,7 +105,7 @@ class UnstructuredLinear(nnx.Module):
         """The compressed kernel.T, or what all devices have of it (see `__init__`)."""
         absent: dict[str, Any] = dict.fromkeys(PARTS)
         arrays = {name: part[...] for name, part in self.named_parts().items()}
-        return UnstructuredWeights(**absent | arrays, shape=self.shape, dtype=self.dtype)
+        return UnstructuredWeights(**absent | arrays, shape=self.shape, dtype=self.dtype, paired=self.paired)
 
     def named_parts(self) -> dict[str, CompressedArray]:
         """The arrays of the weights that are there, by name."""
@@ -128,14 +131,15 @@ class UnstructuredLinear(nnx.Module):
 def apply_all(layers: Sequence[nnx.Module], x: Float[Array, "*tokens d_in"]) -> list[Float[Array, "*tokens d_out"]]:
     """`layer(x)` of each layer; those of compressed ones that are alike come from one launch.
 
-    Alike are layers of one shape, cut, dtype and dtype of values, such as the projections of an attention. Any other
+    Alike are layers of one shape, cut, dtype and kind of values, such as the projections of an attention. Any other
     layer, compressed or not, is called by itself.
     """
     outputs: dict[int, Array] = {}
     alike: dict[Any, dict[int, UnstructuredLinear]] = {}
     for i, layer in enumerate(layers):
         if isinstance(layer, UnstructuredLinear):
-            alike.setdefault((layer.shape, layer.cut, layer.dtype, layer.weights.values.dtype), {})[i] = layer
+            kind = layer.shape, layer.cut, layer.dtype, layer.weights.values.dtype, layer.paired
+            alike.setdefault(kind, {})[i] = layer
         else:
             outputs[i] = layer(x)  # pyright: ignore[reportCallIssue]
     for group in alike.values():

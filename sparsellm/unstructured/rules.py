@@ -37,10 +37,12 @@ class Treatment:
         max_density: it stays dense where the share of its weights that are not zero is above this.
         value_dtype: "int8" or "float8_e4m3fn" rounds what is left to 8 bits, with a scale for each output; None does
             not round.
+        paired: whether they are stored two by two (`UnstructuredWeights`): more bytes, fewer instructions.
     """
 
     max_density: float = BREAK_EVEN
     value_dtype: str | None = None
+    paired: bool = False
 
     def __post_init__(self):
         if self.value_dtype not in (None, *VALUE_DTYPES):
@@ -104,7 +106,7 @@ def compress[M: nnx.Module](
         del kernels
         row = {"layer": name, "density": density, "bytes": dense_bytes, "dense_bytes": dense_bytes}
         if density <= treatment.max_density:
-            row["bytes"] = _compress_one(model, name, treatment.value_dtype)
+            row["bytes"] = _compress_one(model, name, treatment)
         if report:
             report(row)
     return model
@@ -115,17 +117,17 @@ def _kernels(layer: Any) -> list[Array]:
     return [layer.kernel[...]] if isinstance(layer, nnx.Linear) else [getattr(layer, part)[...] for part in STACKS]
 
 
-def _compress_one(model: Any, name: str, value_dtype: str | None) -> int:
+def _compress_one(model: Any, name: str, treatment: Treatment) -> int:
     """Puts what is compressed in place of a layer, or of a mixture's stacks; its bytes."""
-    layer = _get(model, name)
+    layer, kind = _get(model, name), (treatment.value_dtype, treatment.paired)
     if isinstance(layer, nnx.Linear):
-        compressed = UnstructuredLinear.from_linear(layer, name, value_dtype)
+        compressed = UnstructuredLinear.from_linear(layer, name, *kind)
         replace(model, name, compressed)
         return compressed.weights.nbytes
     total = 0
     for part, into_rows in STACKS.items():
         stack = getattr(layer, part)[...].astype(layer.dtype)
-        weights = UnstructuredWeights.from_dense(into_rows(stack), value_dtype)
+        weights = UnstructuredWeights.from_dense(into_rows(stack), *kind)
         del stack
         setattr(layer, part, UnstructuredLinear(weights, None))
         total += weights.nbytes
