@@ -14,7 +14,7 @@ real one: while it is timed, its tokens are drawn evenly. `--source` serves a ch
 its `--predictors` are given. The check: some greedy answers once more, each token fed to the model as it is alone and
 simulating what it lists; `error` is how far below the largest logit that of the answer's token lies at most, in
 standard deviations of the logits. Rounding gives hundredths, a wrong row of the cache gives 1 and more.
-Expected on an H200: under three minutes for OPT-6.7B.
+Expected on an H200: about three minutes for OPT-6.7B.
 """
 
 import dataclasses
@@ -207,7 +207,7 @@ def _measure(config: Config, model: OPT, reference: OPT, requests: list[Request]
     return found | {"error": error, "latencies_s": _latencies(answers)}
 
 
-def _serve_compiled(serve: Callable[[], list[Answer]]) -> list[Answer]:
+def _serve_compiled(serve_all: Callable[[], list[Answer]]) -> list[Answer]:
     """Answers of the first time that nothing is compiled.
 
     Raises:
@@ -216,13 +216,14 @@ def _serve_compiled(serve: Callable[[], list[Answer]]) -> list[Answer]:
     compiled = []
 
     def count(event: str, *_, **__) -> None:
-        compiled.append(event) if event.endswith("backend_compile_duration") else None
+        if event.endswith("backend_compile_duration"):
+            compiled.append(event)
 
     jax.monitoring.register_event_duration_secs_listener(count)
     try:
         for _ in range(MOST_TRIES):
             compiled.clear()
-            answers = serve()
+            answers = serve_all()
             if not compiled:
                 return answers
     finally:

@@ -1,6 +1,6 @@
 """From which sparsity on, and for how many tokens, are unstructured weights quicker than cuBLAS?
 
-    python -m experiments unstructured_spmm --keep              on a GPU, in about a minute
+    python -m experiments unstructured_spmm --keep              on a GPU, in about three minutes
     python -m experiments unstructured_spmm --all --keep        Flash-LLM's twelve shapes, n to 256, 40 to 90%
     python -m experiments unstructured_spmm --source FOLDER     layers of a pruned OPT or Mixtral
 
@@ -11,9 +11,10 @@ together are larger, and a call multiplies by every one of them: so that weights
 from L2. `gbps` counts compressed bytes, `roof` is how many times fewer of them there are than dense ones: the speed-up
 of a kernel that reads as fast.
 
-Expected on an H200, elements one by one: at n = 8 and 16, 1.2 to 1.45 times cuBLAS at 50% and 1.45 to 1.6 at 80%; at
-n = 32, 1.1 to 1.2 and 1.2 to 1.3. Pairs were not timed yet; by their bytes and instructions they should be quicker
-from about 70% zeros on. A device without the kernel takes the xla path, which is slower than dense everywhere.
+Expected on an H200, elements one by one, against XLA's choice, the steadier one of the two (cuBLAS was seen at 96 and
+at 104 us in one run): at n = 8 and 16, 1.3 to 1.4 at 50% and 1.5 to 1.6 at 80%; at n = 32, 1.2 and 1.3. Pairs were not
+timed yet; by their bytes and instructions they should be quicker from about 70% zeros on. A device without the kernel
+takes the xla path, which is slower than dense everywhere.
 """
 
 import dataclasses
@@ -296,13 +297,14 @@ def _plot(axes, rows: list[Row], ns: list[int]) -> None:
     from experiments import figures
 
     def mean(column: str, n: int) -> list[tuple[float, float]]:
-        """The geometric mean over matrices, of each the larger one of both layouts, by sparsity."""
-        found: dict[float, dict[tuple, float]] = {}
-        for row in rows:
+        """The geometric mean over matrices, each in its quicker layout, by sparsity."""
+        found: dict[float, dict[tuple, Row]] = {}
+        for row in sorted(rows, key=lambda row: row["speedup"]):
             if row["n"] == n and row["values"] == row["dtype"]:
-                name, own = (row.get("layer"), row["m"], row["k"]), found.setdefault(row["sparsity"], {})
-                own[name] = max(row[column], own.get(name, 0))
-        return [(s, math.exp(np.mean(np.log([*own.values()])))) for s, own in sorted(found.items())]
+                found.setdefault(row["sparsity"], {})[row.get("layer"), row["m"], row["k"]] = row
+        return [
+            (s, math.exp(np.mean([math.log(row[column]) for row in own.values()]))) for s, own in sorted(found.items())
+        ]
 
     for colour, n in zip(figures.ordered_colours(len(ns)), ns, strict=True):
         if points := mean("speedup", n):

@@ -28,10 +28,11 @@ from sparsellm.sharding import mesh_of
 
 GREEDY = (None, None, None)  # temperature, top_k, top_p
 
-# Of sums over devices, which else end one CUDA graph and begin another: NCCL's, captured, and on the stream of the
-# kernels before and behind them. Six layers of OPT-30B's on two H200s (then with the whole embedding gathered at every
-# step) took 2.57 ms a step, with XLA's defaults 2.91; over listed neurons 2.20 and 2.50.
-IN_GRAPHS = {
+# For XLA, which else ends a CUDA graph at each sum over devices: NCCL's sums, captured, on the stream of the kernels
+# before and behind them. Six layers of OPT-30B's on two H200s (then with the whole embedding gathered at every step)
+# took 2.57 ms a step, with XLA's defaults 2.91; over listed neurons 2.20 and 2.50. The first option is XLA's default
+# and COLLECTIVES. One GPU was not timed again; there, graphs of less than five kernels are what they add.
+GRAPH_OPTIONS = {
     "xla_gpu_enable_command_buffer": (
         "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,CONDITIONAL,COLLECTIVES"
     ),
@@ -110,7 +111,7 @@ def prefill(
     return Rows(jnp.where(new, token, rows.token), jnp.where(new, left, rows.left), rows.step + 1, cache)
 
 
-@partial(jax.jit, static_argnames=("graphdef", "steps"), donate_argnames=("rows",), compiler_options=IN_GRAPHS)
+@partial(jax.jit, static_argnames=("graphdef", "steps"), donate_argnames=("rows",), compiler_options=GRAPH_OPTIONS)
 def decode(
     graphdef: nnx.GraphDef,
     state: nnx.State,

@@ -117,11 +117,17 @@ def mesh_of(state: Any) -> Mesh | None:
 
 
 def sum_over_shards(
-    fn: Callable[..., Array], name: str, axes: Sequence[int | None], *arrays: Array, rules: Rules = TENSOR_PARALLEL
+    fn: Callable[..., Array],
+    name: str,
+    axes: Sequence[int | None],
+    *arrays: Array,
+    rules: Rules = TENSOR_PARALLEL,
+    kernels: bool = True,
 ) -> Array:
     """fn(*arrays), a sum over an axis of arrays that are cut along it: each device sums up its part.
 
-    Where no mesh is set, or the rules do not cut this axis, it is `fn` of the whole arrays.
+    Where no mesh is set, or the rules do not cut this axis, or the mesh does not divide it, it is `fn` of the whole
+    arrays. (A model made by other rules than these, whole along the axis, still has each device sum up a part.)
 
     Args:
         fn: gives, of the parts, the part of the sum.
@@ -129,12 +135,19 @@ def sum_over_shards(
         axes: which dimension of each array it is; None for an array that every device reads whole.
         *arrays: what `fn` takes.
         rules: mesh axis for each axis name.
+        kernels: whether `fn` calls Pallas kernels, which XLA cannot cut along other axes of the mesh.
     """
     mesh, axis = jax.sharding.get_abstract_mesh(), rules.get(name)
     if not isinstance(axis, str) or axis not in mesh.axis_names or mesh.shape[axis] == 1:
         return fn(*arrays)
+    if any(i is not None and array.shape[i] % mesh.shape[axis] for i, array in zip(axes, arrays, strict=True)):
+        return fn(*arrays)
     specs = tuple(PartitionSpec() if i is None else PartitionSpec(*[None] * i, axis) for i in axes)
     mapped = jax.shard_map(
-        lambda *parts: lax.psum(fn(*parts), axis), mesh=mesh, in_specs=specs, out_specs=PartitionSpec()
+        lambda *parts: lax.psum(fn(*parts), axis),
+        mesh=mesh,
+        in_specs=specs,
+        out_specs=PartitionSpec(),
+        axis_names=set(mesh.axis_names) if kernels else {axis},
     )
     return mapped(*arrays)

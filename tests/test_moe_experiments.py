@@ -305,9 +305,16 @@ def test_moe_inference_compares_in_full_precision_what_tf32_has_sent_to_other_ex
         out, *rest = measure(*args)
         return out * next(noise), *rest
 
+    compile_model, precisions = programs.compile_model, []
+
+    def recorded(*args):
+        precisions.append(jax.config.jax_default_matmul_precision)
+        return compile_model(*args)
+
     monkeypatch.setattr(programs, "measure", rounded)
+    monkeypatch.setattr(programs, "compile_model", recorded)
     row = moe_inference._measure(config, "some", "float32", model, arrays, timer)
-    assert row["error"] < 1e-5
+    assert row["error"] < 1e-5 and precisions == [None, None, "float32", "float32"]
 
 
 def test_memory_is_that_of_weights_inputs_and_outputs(getkey):

@@ -203,6 +203,25 @@ def test_corrupted_weights_are_refused_by_name(compressed, in_pairs, name, paire
         dataclasses.replace(weights, **{name: corrupt(getattr(weights, name))}).check()
 
 
+def test_bits_behind_the_last_block_are_refused():
+    """Of pairs an odd number of blocks leaves half a word, in which the kernel would believe a bit."""
+    weights = UnstructuredWeights.from_dense(jnp.asarray(matrix("half", (64, 192))), paired=True)
+    weights.check()
+    behind = weights.masks.at[2, 1, 7].add(jnp.uint32(1 << layout.bit(1, 4)))
+    with pytest.raises(ValueError, match="masks must be 0 behind a strip's last block"):
+        dataclasses.replace(weights, masks=behind).check()
+
+
+@pytest.mark.parametrize("paired", [False, True])
+def test_device_code_of_an_odd_number_of_blocks_on_numpy_lanes(paired, unchecked, getkey):
+    w, config = matrix("half", (64, 1100 - 64)), Config(warpgroups=1, pieces=4)
+    x = jax.random.normal(getkey(), (w.shape[1], 8), jnp.bfloat16)
+    weights = UnstructuredWeights.from_dense(jnp.asarray(w), paired=paired)
+    assert weights.blocks == 17
+    sums = sums_on_numpy([weights], x, config, 2, True)
+    assert relative_error(sums[0], w.astype(np.float64) @ np.asarray(x, np.float64)) < 1e-5
+
+
 def test_truncated_weights_are_refused_by_name(compressed):
     weights = compressed["half"]
     for name, rule in (

@@ -5,9 +5,8 @@ matrix has 2, 1.77 / 2.15 / 2.74 / 3.77 times fewer at 50 / 60 / 70 / 80% zeros.
 by side. Work: 2 * out * in * n FLOPs, as if dense, on the tensor core. Nothing is added atomically: equal inputs give
 equal bits. `unstructured_matmuls` multiplies several matrices of one shape by one x in one launch.
 
-On an H200, weights read from memory (28672 x 7168, 16 tokens): 1.3 times as quick as the dense product at 50% zeros and
-1.4 at 70%, with XLA's transposes of x and y, which a model does without. By the kernel before, which had x laid out by
-XLA: 1.4 and 1.5; for 32 tokens 1.2 and 1.4.
+On an H200, weights read from memory, of 28672 x 7168 times as quick as the dense product that XLA chooses: 1.3 at 50%
+zeros and 1.4 at 70% for 16 tokens, 1.2 at both for 32.
 
 Above some 70% zeros the kernel is bound by its instructions. `paired=True` of `UnstructuredWeights.from_dense` stores
 elements two by two, for a decoder of two thirds of them; it has not been timed yet.

@@ -43,11 +43,11 @@ def decode(word: Int, even: Int, odd: Int) -> list[Int]:
     return registers
 
 
-def decode_pairs(word: Int, odd: int, place: Int) -> list[Int]:
-    """The same of a paired lane: the word serves two blocks, of which this is the odd one or not."""
+def decode_pairs(word: Int, second: bool, place: Int) -> list[Int]:
+    """The same of a paired lane, at `place`; the word serves two blocks, of which this is the second or the first."""
     registers = []
     for g in range(4):
-        bits = warp.rotate_right(word, (2 * g + (0 if odd else 25)) % 32) & ODD_BITS  # a bit is ROW_BYTES
+        bits = warp.rotate_right(word, (2 * g + (0 if second else 25)) % 32) & ODD_BITS  # a bit is ROW_BYTES
         for j in range(4):
             before = EVEN_BITS & ((1 << 8 * j) - 1)
             own = warp.dot_bytes(bits, before, place) if j else place
@@ -150,7 +150,7 @@ class Start:
     def load(cls, part: Part, matrix: Matrix) -> "Start":
         lane, own = ln.thread() % ln.WARP, part.own(ln.warp())
         ends = [own * part.work.sections + section for section in (part.first, part.last)]
-        halves = range(part.work.streams)
+        halves = range(part.work.places)
         lags = [matrix.lags.load(end * layout.STREAMS + lane * 2 + half) for end in ends for half in halves]
         words = load_words(part, matrix.masks, _first_word(part), ln.constant(0))
         return cls(part, matrix, [*(matrix.rows.load(end) for end in ends), *lags, *words])
@@ -162,16 +162,16 @@ class Start:
     @property
     def rows(self) -> Int:
         """Of values; there is always one more, and a piece to wait for."""
-        streams = self.part.work.streams
-        return ln.maximum(self.loaded[1] - self.first + _furthest(self.loaded[2 + streams : 2 + 2 * streams]), 1)
+        count = self.part.work.places
+        return ln.maximum(self.loaded[1] - self.first + _furthest(self.loaded[2 + count : 2 + 2 * count]), 1)
 
     @property
     def lags(self) -> list[Int]:
-        return self.loaded[2 : 2 + self.part.work.streams]
+        return self.loaded[2 : 2 + self.part.work.places]
 
     @property
     def words(self) -> list[Int]:
-        return self.loaded[2 + 2 * self.part.work.streams :]
+        return self.loaded[2 + 2 * self.part.work.places :]
 
     @property
     def first_word(self) -> Int:
@@ -311,7 +311,7 @@ class Strip:
         self.ring.wait(self.ring.needed_before(end))
         places = [self.ring.place(stream) for stream in streams]
         if self.start.part.work.paired:
-            return decode_pairs(words[block // 2], block % 2, *places), ready
+            return decode_pairs(words[block // 2], block % 2 == 1, *places), ready
         return decode(words[block], *places), ready
 
 

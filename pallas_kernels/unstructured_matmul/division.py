@@ -36,8 +36,8 @@ class Work:
     paired: bool
 
     @property
-    def streams(self) -> int:
-        """Of a lane, whose places are its own."""
+    def places(self) -> int:
+        """That a lane keeps: of each of its streams, or of both."""
         return 1 if self.paired else 2
 
     @property

@@ -67,7 +67,7 @@ def _shifts(leading: int) -> UInt32[Array, "*ones halves depth"]:
 
 
 def to_words(
-    present: Shaped[Array, "*strips blocks streams depth"], paired: bool = False
+    present: Shaped[Array, "*strips blocks streams depth"], paired: bool
 ) -> UInt32[Array, "*strips words lanes"]:
     """The mask words of elements that are stored or not; of two blocks, if they are stored in pairs."""
     halves = present.reshape(*present.shape[:-2], LANES, 2, DEPTH).astype(jnp.uint32)
@@ -79,7 +79,7 @@ def to_words(
 
 
 def to_bits(
-    words: UInt32[Array, "*strips words lanes"], blocks: int, paired: bool = False
+    words: UInt32[Array, "*strips words lanes"], blocks: int, paired: bool
 ) -> UInt8[Array, "*strips blocks streams depth"]:
     """1 for each element of so many blocks that is stored: the inverse of `to_words`."""
     bits = ((words[..., None, None] >> _shifts(words.ndim)) & 1).astype(jnp.uint8)

@@ -38,8 +38,8 @@ on to other strips; and XLA adds up the slots, 2 us. So small matrices gain leas
 for 16 columns, cuBLAS 30.7, with sections of 16 blocks, as in all times above, and 26.7 in a decoder with 8.
 
 Against that, which together took OPT-30B's step at 70% zeros and 16 tokens from 15.1 ms to 14.0, where dense ones take
-17.4 to 17.6 (one by one they were not timed; alone, where x is [in, n] and y [out, n] in memory, XLA transposes both
-now, and 28672 x 7168 went from 68 us to 73):
+17.4 to 17.6 (one by one they were not timed; alone, 28672 x 7168 went from 68 us, with x laid out in a launch that was
+not counted, to 72, for which no reason was found):
 
 - Matrices that are alike and share x are multiplied in one launch (`unstructured_matmuls`): of three 7168 x 7168 a
   block has 9 units, not 3 three times, and its groups are in 3 slots, not 6.

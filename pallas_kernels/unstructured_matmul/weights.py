@@ -221,7 +221,7 @@ def _soundness(weights: UnstructuredWeights) -> dict[str, jax.Array]:
     """What has to hold, as rule and truth."""
     if not weights.masks.size:
         return {"rows must be 0": weights.rows[0] == 0}
-    blocks = weights.blocks
+    blocks, in_words = weights.blocks, weights.masks.shape[1] * (2 if weights.paired else 1)
     firsts = weights.rows[:, None] + weights.lags.astype(jnp.int32)
     by_run = layout.STRIPS * layout.sections(blocks)
     starts, counts = block_starts(weights), layout.counts(weights.masks, blocks, weights.paired)
@@ -237,4 +237,7 @@ def _soundness(weights: UnstructuredWeights) -> dict[str, jax.Array]:
         "rows and lags must say where the sections of masks start": (firsts[1:] == ends).all(),
         f"lags must be {layout.MAX_LAG} at most in every block": (behind <= layout.MAX_LAG).all(),
         "lags must be 0 where a run starts": (weights.lags[::by_run] == 0).all(),
+        "masks must be 0 behind a strip's last block": (
+            layout.counts(weights.masks, in_words, weights.paired)[:, blocks:] == 0
+        ).all(),
     }
