@@ -1,6 +1,6 @@
 """From which sparsity on, and for how many tokens, are unstructured weights quicker than cuBLAS?
 
-    python -m experiments unstructured_spmm --keep              on a GPU, in about three minutes
+    python -m experiments unstructured_spmm --keep              on a GPU, in about two minutes
     python -m experiments unstructured_spmm --all --keep        Flash-LLM's twelve shapes, n to 256, 40 to 90%
     python -m experiments unstructured_spmm --source FOLDER     layers of a pruned OPT or Mixtral
 
@@ -172,28 +172,33 @@ def random_weights(key: Array, sparsity: ArrayLike, shape: tuple[int, int], dtyp
 
 
 def measure_matrix(config: Config, problem: Problem, timer: Timer) -> list[Row]:
-    """Times and checks the products by one matrix."""
+    """Times and checks the products by one matrix: of an n, all ways to store it and both dense ones in turns."""
     w, rows = problem.make(), []
     zeros = 1 - int(jnp.count_nonzero(w)) / w.size
     dense = _cold(w, config.cold_mb)
-    for values, stored in itertools.product(config.value_dtypes, config.layouts):
-        weights = UnstructuredWeights.from_dense(w, None if values == "dtype" else values, stored == "paired")
-        expected = w if values == "dtype" else weights.to_dense()  # 8 bits round, which is no error of the product
-        copies = _cold(weights, config.cold_mb)
-        for n in config.ns:
-            x = jax.random.normal(jax.random.key(config.seed + 1), (n, w.shape[1]), w.dtype)
-            calls = {"time_us": (_products, copies), "dense_us": (_cublas_products, dense)}
-            outputs, us = _interleaved(calls | {"xla_us": (_dense_products, dense)}, x, timer)
+    stored = {
+        kind: UnstructuredWeights.from_dense(w, None if kind[0] == "dtype" else kind[0], kind[1] == "paired")
+        for kind in itertools.product(config.value_dtypes, config.layouts)
+    }
+    calls: dict[Any, Any] = {kind: (_products, _cold(weights, config.cold_mb)) for kind, weights in stored.items()}
+    calls |= {"dense_us": (_cublas_products, dense), "xla_us": (_dense_products, dense)}
+    for n in config.ns:
+        x = jax.random.normal(jax.random.key(config.seed + 1), (n, w.shape[1]), w.dtype)
+        outputs, us = _interleaved(calls, x, timer)
+        for (values, layout), weights in stored.items():
+            time_us, dense_us, xla_us = us[values, layout], us["dense_us"], us["xla_us"]
             row = problem.named | {"sparsity": problem.named.get("sparsity", round(zeros, 4)), "n": n}
-            row |= {"dtype": config.dtype, "values": str(weights.values.dtype), "layout": stored, **us}
-            row |= {"speedup": round(us["dense_us"] / us["time_us"], 3), "roof": round(w.nbytes / weights.nbytes, 3)}
-            row |= {"over_xla": round(us["xla_us"] / us["time_us"], 3)}
-            row |= {"gbps": round(weights.nbytes / us["time_us"] / 1e3, 1), "bound_us": _bound_us(weights, x)}
-            row["error"] = float(products.relative_error(outputs["time_us"].T, expected, x.T))
+            row |= {"dtype": config.dtype, "values": str(weights.values.dtype), "layout": layout}
+            row |= {"time_us": time_us, "dense_us": dense_us, "xla_us": xla_us}
+            row |= {"speedup": round(dense_us / time_us, 3), "roof": round(w.nbytes / weights.nbytes, 3)}
+            row |= {"over_xla": round(xla_us / time_us, 3), "gbps": round(weights.nbytes / time_us / 1e3, 1)}
+            expected = w if values == "dtype" else weights.to_dense()  # 8 bits round, which is no error of the product
+            row["bound_us"] = _bound_us(weights, x)
+            row["error"] = float(products.relative_error(outputs[values, layout].T, expected, x.T))
             if not row["error"] <= TOLERANCE:
                 raise RuntimeError(f"{_label(row)}: error {row['error']:.1e} is above {TOLERANCE}")
-            said = f"cuBLAS {row['dense_us']}, {row['speedup']}x, XLA {row['xla_us']}, {row['over_xla']}x"
-            print(f"{_label(row)}: {row['time_us']} us, {said}", flush=True)
+            said = f"cuBLAS {dense_us}, {row['speedup']}x, XLA {xla_us}, {row['over_xla']}x"
+            print(f"{_label(row)}: {time_us} us, {said}", flush=True)
             rows.append(row)
     return rows
 
@@ -220,9 +225,9 @@ def _cublas_products(copies: list[Float[Array, "m k"]], x: Float[Array, "n k"]) 
     return [jnp.dot(x, w.T) for w in copies]
 
 
-def _interleaved(
-    calls: dict[str, tuple[Callable[..., Any], list[Any]]], x: Array, timer: Timer
-) -> tuple[dict[str, Array], dict[str, float]]:
+def _interleaved[K](
+    calls: dict[K, tuple[Callable[..., Any], list[Any]]], x: Array, timer: Timer
+) -> tuple[dict[K, Array], dict[K, float]]:
     """A product by the first copy, and the median time a copy, of each; in turns, so that clocks are the same."""
     outputs, times = {}, {name: [] for name in calls}
     for _ in range(ROUNDS):
