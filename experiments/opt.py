@@ -23,7 +23,7 @@ from experiments.runs import Row, Run
 from models import OPT, PRESETS, OPTConfig, load_opt
 from models.firing import Profile
 from models.synthetic import random_tokens, synthetic_opt, synthetic_predictors
-from sparsellm.decoding import GREEDY, Rows, decode, on_mesh
+from sparsellm.decoding import GREEDY, Rows, decode_program, on_mesh
 from sparsellm.predictors import Predictor, load_predictors
 from sparsellm.sharding import mesh_of
 
@@ -170,7 +170,7 @@ def time_decode(
         for filled in [*fill, *[context] * (max(WARM_UP - len(fill), 0) + repeats)]:
             rows = begin(rows, filled)
             start = time.perf_counter()
-            rows, tokens = decode(*program, rows, key, sampling, np.int32(-1), None, steps=steps)
+            rows, tokens = decode_program()(*program, rows, key, sampling, np.int32(-1), None, steps=steps)
             np.asarray(tokens)  # waits
             times.append(1e3 * (time.perf_counter() - start) / steps)
     return round(statistics.median(times[-repeats:]), 3), begin(rows, context)

@@ -31,7 +31,7 @@ GREEDY = (None, None, None)  # temperature, top_k, top_p
 # For XLA, which else ends a CUDA graph at each sum over devices: NCCL's sums, captured, on the stream of the kernels
 # before and behind them. Six layers of OPT-30B's on two H200s (then with the whole embedding gathered at every step)
 # took 2.57 ms a step, with XLA's defaults 2.91; over listed neurons 2.20 and 2.50. The first option is XLA's default
-# and COLLECTIVES. One GPU was not timed again; there, graphs of less than five kernels are what they add.
+# and COLLECTIVES. Their names are jaxlib 0.11.2's, which is why one device does without them.
 GRAPH_OPTIONS = {
     "xla_gpu_enable_command_buffer": (
         "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,CONDITIONAL,COLLECTIVES"
@@ -111,8 +111,7 @@ def prefill(
     return Rows(jnp.where(new, token, rows.token), jnp.where(new, left, rows.left), rows.step + 1, cache)
 
 
-@partial(jax.jit, static_argnames=("graphdef", "steps"), donate_argnames=("rows",), compiler_options=GRAPH_OPTIONS)
-def decode(
+def _loop(
     graphdef: nnx.GraphDef,
     state: nnx.State,
     rows: Rows,
@@ -123,7 +122,7 @@ def decode(
     *,
     steps: int,
 ) -> tuple[Rows, Int[Array, "steps batch"]]:
-    """The loop: `steps` tokens for every row; one that has ended is padding, and repeats end-of-text.
+    """`decode`: `steps` tokens for every row; one that has ended is padding, and repeats end-of-text.
 
     With a `reader` (a number, traced), the tokens of each step pass through the host on their way to the next: that
     orders the callbacks on any number of devices, and leaves none running when the tokens are there.
@@ -142,6 +141,15 @@ def decode(
         return Rows(token, left, rows.step + 1, cache), shown
 
     return lax.scan(step, rows, length=steps)
+
+
+_jit_loop = partial(jax.jit, _loop, static_argnames=("graphdef", "steps"), donate_argnames=("rows",))
+decode, decode_over_mesh = _jit_loop(), _jit_loop(compiler_options=GRAPH_OPTIONS)
+
+
+def decode_program() -> Callable[..., tuple[Rows, Int[Array, "steps batch"]]]:
+    """`decode`, or the same compiled for several devices where a mesh is set."""
+    return decode if jax.sharding.get_abstract_mesh().empty else decode_over_mesh
 
 
 def sample(
@@ -234,12 +242,13 @@ def run_chunk(
     streaming: bool,
 ) -> Rows:
     """Runs `decode` and hands each step's tokens to `collect`: at once if `streaming`, else at the end of the chunk."""
+    program = decode_program()
     if streaming:
         with reading(collect) as reader:
-            rows, tokens = decode(graphdef, state, rows, key, sampling, eos_id, reader, steps=steps)
+            rows, tokens = program(graphdef, state, rows, key, sampling, eos_id, reader, steps=steps)
             np.asarray(tokens)  # waits for the chunk, and so for its callbacks
         return rows
-    rows, tokens = decode(graphdef, state, rows, key, sampling, eos_id, None, steps=steps)
+    rows, tokens = program(graphdef, state, rows, key, sampling, eos_id, None, steps=steps)
     for step in np.asarray(tokens):
         collect(step)
     return rows

@@ -98,7 +98,7 @@ def test_a_step_is_timed_when_nothing_compiles(monkeypatch):
         seen.append((rows.cache.filled.tolist(), rows.left.tolist(), rows.cache.keys[0].shape))
         return rows._replace(cache=rows.cache._replace(filled=rows.cache.filled + steps)), jnp.zeros((steps, 2))
 
-    monkeypatch.setattr(opt, "decode", decode)
+    monkeypatch.setattr(opt, "decode_program", lambda: decode)
     monkeypatch.setattr(opt.time, "perf_counter", lambda: next(clock))
     ms, rows = opt.time_decode(model, 2, context=5, steps=4, repeats=3)
     assert ms == 2 and rows.cache.filled.tolist() == [5, 5]

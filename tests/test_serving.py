@@ -277,7 +277,7 @@ whole, cut = create_model(make), create_model(make, mesh)
 rng = np.random.default_rng(0)
 prompts = [rng.integers(3, 88, n).tolist() for n in (3, 17, 1, 9, 12)]
 expected = generate(whole, prompts, max_new_tokens=12, eos_id=-1)
-before = decoding.prefill._cache_size(), decoding.decode._cache_size()
+before = decoding.prefill._cache_size(), decoding.decode_over_mesh._cache_size()
 requests = [Request(prompt=p, max_new_tokens=12, eos_id=-1) for p in prompts]
 answers = serve(cut, requests, rows=2, cache_length=32, steps=4, prefill_sizes=(32,))
 assert [a.tokens for a in answers] == expected
@@ -294,7 +294,7 @@ with jax.set_mesh(mesh):
     np.testing.assert_allclose(ffn(*given), np.maximum(x @ given[1], 0) @ given[2], atol=1e-5)
     program = ffn.lower(*given).compile().as_text()
 assert "all-reduce" in program and "all-gather" not in program
-print("compiled", decoding.prefill._cache_size() - before[0], decoding.decode._cache_size() - before[1])
+print("compiled", decoding.prefill._cache_size() - before[0], decoding.decode_over_mesh._cache_size() - before[1])
 """
 
 
