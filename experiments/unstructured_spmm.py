@@ -291,7 +291,7 @@ def _times(by_n: dict[int, Row], n: int) -> str:
 
 def _kind(row: Row) -> str:
     paired = row.get("layout") == "paired"  # older results have none
-    return f"{row['values']}{', pairs' * paired}"
+    return f"{row['values']}{', paired' * paired}"
 
 
 def _label(row: Row) -> str:

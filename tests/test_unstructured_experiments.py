@@ -70,8 +70,8 @@ def test_spmm_gives_a_checked_row_for_each_product_and_goes_on_after_a_kill(tmp_
         assert row["speedup"] == row["over_xla"] == 1 and row["xla_us"] == 12 and row["gbps"] > 0
     assert rows[0]["roof"] < rows[2]["roof"] and rows[2]["roof"] > rows[3]["roof"]
     text, figures = unstructured_spmm.readme({"rows": rows})
-    assert "48x96 | bfloat16        |   80% | 1.00x / 1.00x |" in text
-    assert "48x96 | bfloat16, pairs |   80% | 1.00x / 1.00x |" in text
+    assert "48x96 | bfloat16         |   80% | 1.00x / 1.00x |" in text
+    assert "48x96 | bfloat16, paired |   80% | 1.00x / 1.00x |" in text
     assert figures["unstructured_spmm.png"].startswith(b"\x89PNG")
 
 

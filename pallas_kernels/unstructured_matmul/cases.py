@@ -69,17 +69,17 @@ CASES = (
     _case(
         "clustered, 13 tokens", shape=(100, 1100), n=13, density=0.2, clustered=True, dtypes=("float16",), small=True
     ),
-    _case("pairs", shape=(100, 1100), n=8, density=0.2, bias=True, paired=True, small=True),
+    _case("paired", shape=(100, 1100), n=8, density=0.2, bias=True, paired=True, small=True),
     _case("dense", shape=(96, 130), n=3, density=1.0, activation="gelu"),
     _case("all zero", shape=(96, 130), n=1, density=0.0, bias=True),
     _case("int8 values", shape=(96, 130), n=16, density=0.4, value_dtype="int8"),
     _case("float8 values", shape=(96, 130), n=16, density=0.4, value_dtype="float8_e4m3fn", bias=True),
     _case("80 tokens", shape=(96, 130), n=80, density=0.3, activation="silu", dtypes=("bfloat16", "float32")),
     _case("200 tokens", shape=(96, 130), n=200, density=0.3),
-    _case("pairs, 200 tokens", shape=(96, 130), n=200, density=0.3, paired=True),
+    _case("paired, 200 tokens", shape=(96, 130), n=200, density=0.3, paired=True),
     *(
         _case(
-            f"{m}x{k}, n {n}, {zeros}%{', pairs' * paired}",
+            f"{m}x{k}, n {n}, {zeros}%{', paired' * paired}",
             shape=(m, k),
             n=n,
             density=1 - zeros / 100,

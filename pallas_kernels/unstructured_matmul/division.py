@@ -22,7 +22,7 @@ class Work:
         config: the tiling.
         units: that a block takes, of sections * groups.
         dtype: "bfloat16" or "float16".
-        paired: whether a lane's two streams are one, of words.
+        paired: whether a lane's two streams store the same places, so that one serves for both.
     """
 
     matrices: int
