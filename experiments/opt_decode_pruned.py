@@ -4,7 +4,6 @@
     python -m experiments opt_decode_pruned --models 13b 30b 66b --sparsities 0 0.5 0.6 0.7 0.8 --batches 8 16 32 64
     python -m experiments opt_decode_pruned --models 175b --sparsities 0.7 --devices 2
     python -m experiments opt_decode_pruned --source FOLDER              a pruned model
-    python -m experiments opt_decode_pruned --paired                     elements stored two by two
 
 A row a model, sparsity (0 is dense) and batch: milliseconds a token by the clock on the wall, around the compiled loop
 that `generate` runs, after `context` tokens; tokens a second; the memory for weights, cache and activations; and the
@@ -53,7 +52,7 @@ class Config:
         context: tokens that each sequence has.
         steps: tokens added in a timed run.
         repeats: timed runs.
-        paired: whether elements are stored two by two: more bytes, fewer instructions.
+        paired: whether elements are stored two by two: more bytes, fewer instructions; None leaves it to `compress`.
         devices: to cut a random model over.
         dtype: of weights and activations.
         seed: of weights.
@@ -67,7 +66,7 @@ class Config:
     context: int = 256
     steps: int = 32
     repeats: int = 3
-    paired: bool = False
+    paired: bool | None = None
     devices: int = 1
     dtype: str = "bfloat16"
     seed: int = 0
@@ -119,26 +118,28 @@ def measure_model(config: Config, model: str, sparsity: float | None) -> list[Ro
         found: list[Row] = []
         compress(loaded, [("", Treatment(paired=config.paired))], report=found.append)
         zeros = 1 - sum(r["density"] * r["dense_bytes"] for r in found) / sum(r["dense_bytes"] for r in found)
-        named |= {"variant": _variant(config), "sparsity": round(zeros, 4)}
+        paired = any(layer.paired for _, layer in compressed_layers(loaded))
+        named |= {"variant": _variant(paired), "sparsity": round(zeros, 4)}
         return rows + [_measure(config, loaded, named, batch) for batch in config.batches]
     named = {"model": f"opt-{model}", "weights": "random", "sparsity": sparsity}
-    named["variant"] = _variant(config) if sparsity else "dense"
+    paired = Treatment(paired=config.paired).pairs(1 - sparsity)
+    named["variant"] = _variant(paired) if sparsity else "dense"
     sizes = opt.config_of(model, config.dtype)
-    needed, has = bytes_needed(sizes, sparsity, config.paired), memory.capacity()
+    needed, has = bytes_needed(sizes, sparsity, paired), memory.capacity()
     if has is not None and needed > has * config.devices:
         said = f"{model} at {sparsity:.0%} needs {needed / 2**30:.0f} of {has * config.devices / 2**30:.0f} GiB"
         print(f"{said}: left out", flush=True)
         return [named | {"batch": batch, "memory_gib": round(needed / 2**30, 2)} for batch in config.batches]
     key, mesh = jax.random.key(config.seed), opt.mesh_over(config.devices)
-    made = random_opt(sizes, sparsity, key, mesh, paired=config.paired)
+    made = random_opt(sizes, sparsity, key, mesh, paired=paired)
     return [_measure(config, made, named, batch) for batch in config.batches]
 
 
-def _variant(config: Config) -> str:
-    return "paired" if config.paired else "unstructured"
+def _variant(paired: bool) -> str:
+    return "paired" if paired else "unstructured"
 
 
-def bytes_needed(config: OPTConfig, sparsity: float, paired: bool = False) -> int:
+def bytes_needed(config: OPTConfig, sparsity: float, paired: bool) -> int:
     """About what the weights take: of an element of the blocks' matrices what the format says, and a tenth on top."""
     abstract = nnx.eval_shape(lambda: OPT(config, rngs=nnx.Rngs(0)))
     total, itemsize = sum(x.size for x in jax.tree.leaves(nnx.state(abstract))), jnp.dtype(config.dtype).itemsize

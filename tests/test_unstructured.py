@@ -372,6 +372,17 @@ def test_pairs_come_back(save, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, before, after)
 
 
+@pytest.mark.parametrize(("paired", "found"), [(None, [False, True]), (True, [True, True]), (False, [False, False])])
+def test_few_non_zeros_are_stored_in_pairs_unless_told_otherwise(paired, found):
+    model = make(dataclasses.replace(OPT_TINY, layers=1))
+    layers = model.layers[0].fc1, model.layers[0].fc2
+    for layer, every in zip(layers, (3, 5), strict=True):  # a third and a fifth of the weights are left
+        kernel = layer.kernel[...]
+        layer.kernel[...] = jnp.where(jnp.arange(kernel.size).reshape(kernel.shape) % every == 0, kernel, 0)
+    compress(model, [("fc", Treatment(paired=paired))])
+    assert [model.layers[0].fc1.paired, model.layers[0].fc2.paired] == found
+
+
 def test_transformers_is_not_led_to_believe_that_it_can_load_it(tmp_path, compressed):
     save_hf(compressed, tmp_path / "a")
     assert json.loads((tmp_path / "a" / "config.json").read_text())["model_type"] == "opt-unstructured"

@@ -175,7 +175,7 @@ def test_what_does_not_fit_is_said_and_not_made(monkeypatch, capsys):
     (row,) = opt_decode_pruned.measure_model(config, "1.3b", 0.0)
     assert row["memory_gib"] == pytest.approx(2 * 1.316e9 / 2**30, rel=0.01) and "time_ms" not in row
     assert "1.3b at 0% needs 2 of 2 GiB: left out" in capsys.readouterr().out
-    pruned = opt_decode_pruned.bytes_needed(opt.config_of("1.3b", "bfloat16"), 0.7)
+    pruned = opt_decode_pruned.bytes_needed(opt.config_of("1.3b", "bfloat16"), 0.7, paired=False)
     blocks = 24 * 12 * 2048**2  # all other parameters stay dense
     assert pruned == pytest.approx(2 * (1.316e9 - blocks) + 1.1 * (0.6 + 1 / 8) * blocks, rel=0.01)
     text, _ = opt_decode_pruned.readme({"rows": [row]})

@@ -291,8 +291,8 @@ def test_bad_arguments_are_refused(compressed, unchecked):
 
 
 MACHINE_OPERATIONS = (
-    "begin_barriers", "expect", "copy", "wait", "copy_chunk", "wait_for_chunks", "load_half", "load_word",
-    "multiply_block"
+    "begin_barriers", "expect", "arrive", "copy", "wait", "copy_chunk", "end_chunks", "wait_for_chunks", "load_half",
+    "load_word", "load_matrices", "multiply_tile", "multiply_block"
 )  # fmt: skip
 
 
@@ -306,7 +306,8 @@ class Machine:
         self.phases: dict[int, int] = {}  # that have begun, by barrier
         self.expected: dict[int, int] = {}
         self.pending: dict[int, list] = {}
-        self.chunks: dict[int, list] = {}  # that a thread has not waited for
+        self.arrivals: dict[int, list[int]] = {}  # of a phase, and those still missing, by barrier
+        self.chunks: dict[int, list[list]] = {}  # groups that a thread has not waited for, the last one not ended
 
     def allocate(self, words: int) -> int:
         start, self.size = self.size, self.size + 4 * words
@@ -316,10 +317,18 @@ class Machine:
     def active(self):
         return lanes.BLOCK.threads[lanes.BLOCK.active[-1]]
 
-    def begin_barriers(self, address, count):
+    def begin_barriers(self, address, count, arrivals=1):
         for thread in self.active():
             for i in range(count):
-                self.phases[int(number(address)[thread]) + 8 * i] = 0
+                own = int(number(address)[thread]) + 8 * i
+                self.phases[own], self.arrivals[own] = 0, [arrivals, arrivals]
+
+    def arrive(self, barrier):
+        for thread in self.active():
+            own = int(number(barrier)[thread])
+            every, missing = self.arrivals[own]
+            self.phases[own] += missing == 1
+            self.arrivals[own][1] = missing - 1 or every
 
     def expect(self, barrier, size):
         for thread in self.active():
@@ -348,7 +357,7 @@ class Machine:
         for thread in self.active():
             own = int(number(barrier)[thread])
             assert self.phases[own] == int(number(phase)[thread]) + 1, "a wait for ever, or for a phase long over"
-            assert self.expected[own] == 0
+            assert not self.expected.get(own)
             self.land(own)
 
     def copy_chunk(self, source, index, elements, to, bytes_on, there):
@@ -358,17 +367,22 @@ class Machine:
             assert place % 16 == 0 and (not copied[thread] or start % 16 == 0)
             data = source.bytes[start : start + 16] if copied[thread] else np.zeros(16, np.uint8)
             assert data.size == 16, "read past the end"
-            self.chunks.setdefault(int(thread), []).append((place, data))
+            self.chunks.setdefault(int(thread), [[]])[-1].append((place, data))
             if not self.lands_late:
-                self.land_chunks(thread)
+                self.bytes[place : place + 16] = data
 
-    def land_chunks(self, thread):
-        for place, data in self.chunks.pop(int(thread), []):
-            self.bytes[place : place + 16] = data
-
-    def wait_for_chunks(self):
+    def end_chunks(self):
         for thread in self.active():
-            self.land_chunks(thread)
+            self.chunks.setdefault(int(thread), [[]]).append([])
+
+    def wait_for_chunks(self, groups, for_wgmma):
+        for thread in self.active():
+            own = self.chunks[int(thread)]
+            for group in own[: len(own) - 1 - groups]:
+                for place, data in group:
+                    self.bytes[place : place + 16] = data
+                group.clear()
+            del own[: max(len(own) - 1 - groups, 0)]
 
     def load_half(self, address, offset):
         places = unsigned(address) + offset
@@ -378,6 +392,33 @@ class Machine:
 
     def load_word(self, address):
         return Int(sum(self.load_half(address, 2 * half).value << 16 * half for half in (0, 1)))
+
+    def load_matrices(self, address, offset):
+        """By the PTX manual's figure of ldmatrix."""
+        rows = lanes.BLOCK.by_warp(unsigned(address) + offset).reshape(-1, 4, 8)  # warp, matrix, row
+        assert (rows % 16 == 0).all()
+        assert (np.sort(rows // 16 % 8, axis=-1) == np.arange(8)).all(), "a bank conflict"
+        elements = self.bytes[rows[..., None] + np.arange(16)].view(np.uint32)  # pairs of a row
+        return [Int(elements[:, m].reshape(-1).astype(np.int64)) for m in range(4)]
+
+    def multiply_tile(self, acc, a, b, dtype):
+        """By the PTX manual's fragments of mma.m16n8k16."""
+        own, kind = np.arange(32), jnp.dtype(dtype)
+        left, right = ([unsigned(r).astype(np.uint32) for r in rs] for rs in (a, b))
+        out = np.stack([number(r).astype(np.int32).view(np.float32) for r in acc])
+        for first in range(0, lanes.BLOCK.threads.size, 32):
+            rows, columns = np.zeros((16, 16), np.float32), np.zeros((16, 8), np.float32)
+            for half in range(2):
+                for i in range(4):
+                    pair = left[i][first : first + 32].view(np.uint16).view(kind)[half::2]
+                    rows[own // 4 + 8 * (i % 2), own % 4 * 2 + half + 8 * (i // 2)] = pair
+                for i in range(2):
+                    pair = right[i][first : first + 32].view(np.uint16).view(kind)[half::2]
+                    columns[own % 4 * 2 + half + 8 * i, own // 4] = pair
+            product = rows @ columns
+            for i in range(4):
+                out[i, first : first + 32] += product[own // 4 + 8 * (i // 2), own % 4 * 2 + i % 2]
+        return [Int(r.view(np.int32)) for r in out]
 
     def multiply_block(self, acc, a, x, tiles, dtype):
         """By the PTX manual's fragments of wgmma.m64nNk16: a warp has 16 rows, each a quarter of a warpgroup's."""
@@ -517,23 +558,27 @@ def test_x_lies_as_the_b_operand_of_wgmma(n, warpgroups, compressed, unchecked):
     """By the PTX manual's canonical layout, K-major, no swizzle: each element of a second stage by its strides."""
     x = np.arange(1100 * n).reshape(1100, n).astype(np.uint16)
     division = divide([compressed["half"]], n, Config(warpgroups=warpgroups, pieces=5), 1)
-    assert division.stage_blocks == 16
-    machine, part_of, stages_of = Machine(lands_late=True), cast(Any, Part.of), cast(Any, pipelines.Stages)
+    assert division.step_blocks == QUAD
+    machine, part_of, steps_of = Machine(lands_late=True), cast(Any, Part.of), cast(Any, pipelines.Steps)
     lanes.BLOCK = lanes.Block(division.threads)
     with on_numpy(machine):
-        place = machine.allocate(2 * 16 * division.tiles * 256)
+        place, barriers = machine.allocate(4 * QUAD * division.tiles * 256), machine.allocate(8)
+        for barrier in range(barriers, barriers + 32, 8):
+            machine.phases[barrier], machine.arrivals[barrier] = 0, [4 * warpgroups, 4 * warpgroups]
         part, source = part_of(division, Int(0), Int(1)), Gmem(np.asarray(by_column(jnp.asarray(x))))
-        stages = stages_of(division, part, source, Int(place), Int(2))
-        for stage in range(3):  # of which the last is none
-            stages.copy(Int(stage))
-            stages.wait()
-    tiles = division.tiles
-    second = machine.bytes[place + 16 * tiles * 1024 :][: 16 * tiles * 1024].view(np.uint16)
-    rows, columns = np.meshgrid(np.arange(1024, (18 + -18 % QUAD) * 64), np.arange(8 * tiles), indexing="ij")
-    k, expected = rows - 1024, np.pad(x, ((0, 2048 - 1100), (0, 8 * tiles - n)))[rows, columns]
+        steps = steps_of(division, part, source, Int(place), Int(barriers), Int(0))
+        assert (number(steps.count) == 5).all()  # of 18 blocks
+        steps.begin()
+        tiles, found = division.tiles, []
+        for step in range(5):
+            own = int(number(steps.next(Int(step)))[0])
+            assert own == place + step % 4 * QUAD * tiles * 1024
+            found.append(machine.bytes[own:][: QUAD * tiles * 1024].copy())
+    found = np.concatenate(found).view(np.uint16)
+    k, columns = np.meshgrid(np.arange((18 + -18 % QUAD) * 64), np.arange(8 * tiles), indexing="ij")
+    expected = np.pad(x, ((0, 2048 - 1100), (0, 8 * tiles - n)))[k, columns]
     offsets = k // 8 * 64 * tiles + columns // 8 * 64 + columns % 8 * 8 + k % 8
-    np.testing.assert_array_equal(second[offsets], expected)
-    assert (np.delete(second, offsets) == 0x7F7F).all(), "more than the part's quads is copied"
+    np.testing.assert_array_equal(found[offsets], expected)
 
 
 @pytest.mark.parametrize(
@@ -559,7 +604,7 @@ def run_on_numpy(kernel, division, weights, more, out: np.ndarray, lands_late: b
         with on_numpy(machine):
             smem = {name: machine.allocate(words) for name, words in pipelines.shared_memory(division).items()}
             kernel(division, Int(block), inputs, [written], smem)
-        assert not machine.pending and not machine.chunks, "a copy that nobody waited for"
+        assert not machine.pending and not any(map(any, machine.chunks.values())), "a copy that nobody waited for"
     assert (written.times_written == 1).all()
     return written.flat.reshape(out.shape)
 

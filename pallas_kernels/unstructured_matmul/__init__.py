@@ -5,11 +5,11 @@ matrix has 2, 1.77 / 2.15 / 2.74 / 3.77 times fewer at 50 / 60 / 70 / 80% zeros.
 by side. Work: 2 * out * in * n FLOPs, as if dense, on the tensor core. Nothing is added atomically: equal inputs give
 equal bits. `unstructured_matmuls` multiplies several matrices of one shape by one x in one launch.
 
-On an H200, weights read from memory, of 28672 x 7168 times as quick as the dense product that XLA chooses: 1.3 at 50%
-zeros and 1.4 at 70% for 16 tokens, 1.2 at both for 32.
+On an H200, weights read from memory, of 28672 x 7168 times as quick as the dense product that XLA chooses: for 16
+tokens 1.3 at 50% zeros, 1.5 at 70% and 1.8 at 80%; for 32, 1.1, 1.3 and 1.5.
 
-Above some 70% zeros the kernel is bound by its instructions. `paired=True` of `UnstructuredWeights.from_dense` stores
-elements two by two, for a decoder of two thirds of them; it has not been timed yet.
+At 80% those are `paired=True` of `UnstructuredWeights.from_dense`: elements stored two by two, half as many places for
+the kernel to find and 1.5 times the bytes.
 
 Sources: Flash-LLM (VLDB'24), section 3; SpInfer (EuroSys'25).
 """

@@ -16,7 +16,8 @@ CHUNK = 8  # elements of a column of x that are copied together, 16 bytes
 ROW_BYTES = 2 * layout.STREAMS
 X_TILE_BYTES = layout.BLOCK * TILE_N * 2  # of x, of a block and tile
 QUAD = 4  # blocks of a strip that the loop's body takes
-MOST_STAGED = 16  # blocks of x
+STEPS = 4  # of x in shared memory
+MMA_TILES = 2  # up to so many tiles a warp multiplies by mma, without waiting for the three others of a wgmma
 SMS = 132  # of an H200: what the heuristic counts with
 MANY_ROWS = 7.5  # of values that a block takes on average, of 16
 RESERVED = 1536  # bytes of shared memory for barriers
@@ -44,15 +45,15 @@ class Config:
         return (self.pieces + 1) * layout.DEPTH * ROW_BYTES
 
 
-def stage_blocks(config: Config, tiles: int) -> int:
-    """Blocks of x in a stage, of which there are two in what the rings leave: whole quads, `MOST_STAGED` at most; or 0.
+def step_blocks(config: Config, tiles: int) -> int:
+    """Blocks of x in a step, of which there are `STEPS` in what the rings leave: a quad's, a part of it, or 0.
 
     Args:
         config: the tiling.
         tiles: of 8 columns.
     """
     room = SMEM_BYTES - RESERVED - config.warps * config.ring_bytes
-    return max(0, min(MOST_STAGED, room // (2 * tiles * X_TILE_BYTES) // QUAD * QUAD))
+    return next((blocks for blocks in (QUAD, 2, 1) if STEPS * blocks * tiles * X_TILE_BYTES <= room), 0)
 
 
 def candidates(weights, x, bias=None, activation: str | None = None) -> list[Config]:
@@ -68,7 +69,7 @@ def candidates(weights, x, bias=None, activation: str | None = None) -> list[Con
     pieces = (5, 4) if rows > MANY_ROWS * len(matrices) * strips * blocks else (4, 5)
     wanted = [*(Config(pieces=p) for p in pieces), Config(warpgroups=3, pieces=7)]
     wanted += [Config(warpgroups=g, pieces=8) for g in (2, 1)]
-    wanted = [config for config in wanted if stage_blocks(config, tiles(min(x.shape[1], MAX_N)))]
+    wanted = [config for config in wanted if step_blocks(config, tiles(min(x.shape[1], MAX_N)))]
 
     def busiest(config: Config) -> int:
         """Strips times sections of the multiprocessor that has most to do."""
@@ -93,7 +94,7 @@ def check_config(config: Config, n: int) -> None:
     """Raises ValueError where a config does not fit the kernel, or no room is left for n columns of x."""
     if not 1 <= config.warpgroups <= 4 or not 4 <= config.pieces <= 8:
         raise ValueError(f"warpgroups must be 1 to 4, and pieces 4 to 8; got {config}")
-    if not stage_blocks(config, tiles(min(n, MAX_N))):
+    if not step_blocks(config, tiles(min(n, MAX_N))):
         raise ValueError(f"rings and x must fit into {SMEM_BYTES} bytes of shared memory; got {config}, n={n}")
 
 

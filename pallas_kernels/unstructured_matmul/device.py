@@ -12,10 +12,11 @@ from collections.abc import Callable, Sequence
 from pallas_kernels.tile import lane as ln
 from pallas_kernels.tile.lane import Array, Int
 from pallas_kernels.unstructured_matmul import layout, warp
-from pallas_kernels.unstructured_matmul.config import QUAD, ROW_BYTES, TILE_N
+from pallas_kernels.unstructured_matmul.config import CHUNK, MMA_TILES, QUAD, ROW_BYTES, STEPS, TILE_N
 from pallas_kernels.unstructured_matmul.division import Part, Work
-from pallas_kernels.unstructured_matmul.pipelines import LAG_PIECES, PIECE_BYTES, X_TILE_BYTES, Ring, Stages
+from pallas_kernels.unstructured_matmul.pipelines import LAG_PIECES, PIECE_BYTES, X_TILE_BYTES, Ring, Steps
 
+LAST_QUADS = 4  # before the end, when what follows is asked for
 REGISTERS = 4  # of an accumulator of 16 x 8
 
 # permute_bytes(odd, even, NOTHING + e * EVEN + o * ODD) is {even or 0, odd or 0}: nibbles 3 and 2 name zeros of the odd
@@ -60,6 +61,10 @@ def decode_pairs(word: Int, second: bool, place: Int) -> list[Int]:
 def multiply(work: Work, block: Int, inputs, outputs, smem: dict[str, Array]) -> None:
     """What a thread does; inputs are those of `Matrix`, and x [n, columns]."""
     rings, barriers = _begin(work, smem)
+    x, x_barriers = (warp.address_of(smem[name]) for name in ("x", "x_barriers"))
+    with ln.when(ln.thread().equals(0)):
+        warp.begin_barriers(x_barriers, STEPS, work.config.warps)
+    ln.block_barrier()
     count = Part.count(work, block)
 
     def place(number):
@@ -67,16 +72,16 @@ def multiply(work: Work, block: Int, inputs, outputs, smem: dict[str, Array]) ->
         return part, Matrix.of(part, inputs)
 
     def multiply_part(number, carry):
-        (pieces_before, stages_before), loaded = carry[:2], carry[2:]
+        (pieces_before, steps_before), loaded = carry[:2], carry[2:]
         start = Start(*place(number), loaded)
-        stages = Stages(work, start.part, inputs[-1], warp.address_of(smem["x"]), stages_before)
-        stages.copy(ln.constant(0))
+        steps = Steps(work, start.part, inputs[-1], x, x_barriers, steps_before)
+        steps.begin()
         strip = Strip.begin(start, rings, barriers, pieces_before)
         following = Start.load(*place(ln.minimum(number + 1, count - 1)))  # there as soon as the first values
         strip.wait()
-        sums = _multiply_strip(work, strip, stages, following.prefetch)
+        sums = _multiply_strip(work, strip, steps, following.prefetch)
         _store_sums(work, block, start.part, outputs[0], sums)
-        return [pieces_before + strip.ring.count, stages_before + stages.count, *following.loaded]
+        return [pieces_before + strip.ring.count, steps_before + steps.count, *following.loaded]
 
     ln.loop(count, [ln.constant(0)] * 2 + Start.load(*place(ln.constant(0))).loaded, multiply_part)
 
@@ -315,35 +320,46 @@ class Strip:
         return decode(words[block], *places), ready
 
 
-def _multiply_strip(work: Work, strip: Strip, stages: Stages, ahead: Callable[[], None]) -> list[Int]:
-    """The strip's sums over a part's sections, 4 registers a tile: stage by stage of x, quad by quad.
+def _multiply_strip(work: Work, strip: Strip, steps: Steps, ahead: Callable[[], None]) -> list[Int]:
+    """The strip's sums over a part's sections, 4 registers a tile, quad by quad.
 
-    The first stage is under way; `ahead` is done when the last one begins.
+    The first steps of x are under way; `ahead` is done when few quads are left.
     """
     block_bytes, begin = work.tiles * X_TILE_BYTES, strip.state()
 
-    def multiply_quad(first, place, carry):
-        sums = carry[len(begin) :]
+    def multiply_quad(quad, carry):
+        sums, place = carry[len(begin) :], ln.constant(0)
 
         def multiply(block, registers):
-            sums[:] = warp.multiply_block(sums, registers, place + block * block_bytes, work.tiles, work.dtype)
+            nonlocal place
+            step, within = divmod(block, work.step_blocks)
+            place = place if within else steps.next(quad * (QUAD // work.step_blocks) + step)
+            sums[:] = _multiply_block(work, sums, registers, place + within * block_bytes)
 
-        return strip.decode_quad(carry[: len(begin)], first, multiply) + sums
-
-    def multiply_stage(stage, carry):
-        stages.wait()
-        stages.copy(stage + 1)  # over the one that nobody reads any more
-        with ln.when((stage + 1).equals(stages.count)):
+        with ln.when(quad.equals(ln.maximum(steps.quads - LAST_QUADS, 0))):
             ahead()
-        first, place = stage * work.stage_blocks, stages.place(stage)
-
-        def next_quad(i, carry):
-            return multiply_quad(first + i * QUAD, place + i * (QUAD * block_bytes), carry)
-
-        return ln.loop(stages.quads_of(stage), carry, next_quad)
+        return strip.decode_quad(carry[: len(begin)], quad * QUAD, multiply) + sums
 
     carry = begin + [ln.constant(0)] * (REGISTERS * work.tiles)
-    return ln.loop(stages.count, carry, multiply_stage)[len(begin) :]
+    return ln.loop(steps.quads, carry, multiply_quad)[len(begin) :]
+
+
+def _multiply_block(work: Work, sums: list[Int], registers: list[Int], x: Int) -> list[Int]:
+    """`sums`, and a block's registers times its x in shared memory, at address `x`."""
+    tiles = work.tiles
+    if tiles > MMA_TILES:
+        return warp.multiply_block(sums, registers, x, tiles, work.dtype)
+    lane, core_bytes = ln.thread() % ln.WARP, tiles * warp.CORE_BYTES
+    column = x + (lane // TILE_N) * core_bytes + (lane % TILE_N) * (2 * CHUNK)  # of 4 core matrices, 32 rows of x
+    sums = list(sums)
+    for half in range(2):
+        for tile in range(tiles):
+            own = slice(REGISTERS * tile, REGISTERS * (tile + 1))
+            cores = warp.load_matrices(column, half * 4 * core_bytes + tile * warp.CORE_BYTES)
+            for q in range(2):
+                a = registers[REGISTERS * (2 * half + q) :][:REGISTERS]
+                sums[own] = warp.multiply_tile(sums[own], a, cores[2 * q : 2 * q + 2], work.dtype)
+    return sums
 
 
 def _store_sums(work: Work, block: Int, part: Part, out: Array, sums: list[Int]) -> None:

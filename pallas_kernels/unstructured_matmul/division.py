@@ -7,7 +7,7 @@ from jax.experimental import pallas as pl
 from pallas_kernels.tile import lane as ln
 from pallas_kernels.tile.lane import Int
 from pallas_kernels.unstructured_matmul import layout
-from pallas_kernels.unstructured_matmul.config import QUAD, Config, stage_blocks, tiles
+from pallas_kernels.unstructured_matmul.config import QUAD, Config, step_blocks, tiles
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,8 +77,9 @@ class Work:
         return max(last - first for first, last in ends) + 1
 
     @property
-    def stage_blocks(self) -> int:
-        return stage_blocks(self.config, self.tiles)
+    def step_blocks(self) -> int:
+        """Of x, that are copied together."""
+        return step_blocks(self.config, self.tiles)
 
     @property
     def padded_blocks(self) -> int:

@@ -4,7 +4,7 @@ A lane decodes the 32 elements of a block that are its own by their position amo
 at, whatever the density, by one load of 16 bits from a bank that is the lane's own.
 
 Instructions a warp and block of 16 x 64, 32 elements a lane (counted by ncu for 8 columns of x at 80% zeros, in the
-variant with mma):
+variant with mma and one block a step):
 
     dp4a (IDP.4A): 30 places, 16 selectors    46    at 64 lanes a clock and SM
     LDS.U16, a bank for each lane             32    at 32
@@ -12,49 +12,64 @@ variant with mma):
     mask words, ring, waits, loop, uniform   ~64
     all                                      182    at 128: 38 us of 28672 x 7168, and 45 with the start and the end
 
-It took 61: a third of the clocks find no warp that is ready (67% of the issue slots are used, memory at 2.0 TB/s; at
-50% zeros 3.6). Microseconds of 28672 x 7168 at 50% and 80% zeros, weights in memory, for 8 and
-for 32 columns of x, where cuBLAS took 104 and 106 for the dense product:
+Paired, a place is a word, and a word a register (`device.decode_pairs`): 16 loads a block, 16 dp4a, 32 instructions to
+put zeros where nothing is stored, half of the mask words and of the popcounts: 150 with wgmma for 16 columns, where
+single elements take 182, for 1.5 times their bytes at 70% and 80% zeros.
 
-    this, 5 pieces a ring                                  74 / 68      87 / 80
-    this, 4 pieces (no division by 5)                      80 / 64      90 / 74
+Microseconds of 28672 x 7168 with 8, 16 and 32 columns of x, by zeros; XLA's dense product took 101, 104 and 106 (timed
+in a variant that is up to 3 us slower, see below; not so with 32 columns, but at 60%):
+
+                        50%               60%               70%               80%
+    single        73 / 77 / 92      66 / 71 / 86      61 / 67 / 80      59 / 65 / 79
+    paired        89 / 92 / 97      80 / 84 / 90      68 / 71 / 80      54 / 59 / 70
+
+What paired ones spend at 80% zeros, by leaving out values ("v": not copied, not waited for), x, the tensor core ("t")
+and decoding ("d"):
+
+                       all    v     x     t    v, t   v, x   x, t   x, t, d   v, x, t
+    8 columns (mma)     54    34    52    52    31     31     51       50        28
+    32 (wgmma)          70    54    61    60    39     40      -        -        29
+
+With 8 columns that is the stream of values, 40 us at 4.3 TB/s, and 10 us around it: 2 to add up the slots, and the
+start (offsets, then first values), which comes once more where a block goes on to other strips. With 32 it is x and the
+tensor core as well: every multiprocessor reads all of x, 52 MB together, and a wgmma begins when the last of its four
+warps is there (21% of the warps' time by ncu, with 16 columns). So up to 16 columns each warp multiplies by mma, 3 to
+8 us quicker; with 32, as ldmatrix reads x for each warp and mma has half the rate, it is no quicker. Tried beside that,
+with 80% zeros:
+
+    wgmma waited for one block later                       0 to 1 us less
+    the first piece of a ring repeated behind its end by its lanes, not by a second copy: 0 to 3 us more (wgmma), so
+        the fifth of L2's bytes that second copies take does not matter
+    x in two stages with a barrier of the block between    2 to 6 us more with 16 and 32 columns
+
+Before mma for few columns and x in steps, single elements, with 8 and 32 columns at 50% and 80% zeros:
+
+    wgmma, 5 pieces a ring                                 74 / 68      87 / 80
+    wgmma, 4 pieces (no division by 5)                     80 / 64      90 / 74
     one block a step of the loop, mma, 4 pieces            79 / 66
         a mask word that is carried on is waited for in every block: the latency of L2
-    four blocks a step, mma                                74 / 61      91 / 84
-        each warp loads x for itself, which wgmma reads once for four
     20 warps, 4 pieces                                     82 / 68
     12 warps, 7 pieces                                     81 / 75      93 / 88
     8 warps of two strips, mma                             86 / 72     104 / 91
     two blocks decoded before they are multiplied          75 / 67      89 / 79
 In CUDA C++ with one block a step: places by shift and add 6% slower, by IMAD prefix sums 10%, zeros by sign masks 3%,
-pieces of 8 rows 9%; without any decoding 12% quicker, so the loop's latencies are what there was to win.
+pieces of 8 rows 9%; without any decoding 12% quicker.
 
 Decoders that lost on paper: value + location, scattered by lane into a zeroed tile (at 80%, 11 steps, as the fullest of
 32 lanes has 11 of its 32 elements, and 32 wavefronts to clear and read the tile: 48 a block where this takes 32); 2:4
 mma.sp and an overflow of value + location (1.5 bytes an element at 50%, a roof of 1.33x where 1.77x is).
 
-Beside these: a block begins with the offsets, the first values and the first decode, some 3 us, once more where it goes
-on to other strips; and XLA adds up the slots, 2 us. So small matrices gain least: 7168 x 7168 at 70% zeros took 28.6 us
-for 16 columns, cuBLAS 30.7, with sections of 16 blocks, as in all times above, and 26.7 in a decoder with 8.
-
-Against that, which together took OPT-30B's step at 70% zeros and 16 tokens from 15.1 ms to 14.0, where dense ones take
-17.4 to 17.6 (one by one they were not timed; alone, 28672 x 7168 went from 68 us, with x laid out in a launch that was
-not counted, to 72, for which no reason was found):
+Small matrices gain least, as what is around the stream of values stays: 7168 x 7168 at 70% zeros took 26.7 us for 16
+columns, cuBLAS 30.7. Against that:
 
 - Matrices that are alike and share x are multiplied in one launch (`unstructured_matmuls`): of three 7168 x 7168 a
   block has 9 units, not 3 three times, and its groups are in 3 slots, not 6.
-- x is read as its columns lie, by cp.async. Before, XLA laid it out for wgmma in a launch of its own, and one thread
-  copied a stage. By its SASS that costs a thread two instructions a stage of 8 blocks and 16 columns, and some ten for
-  their addresses; the loop over blocks is no longer than it was, and there are 103 registers (117 with 64 columns).
-- A block begins without a barrier, and the first mask words are loaded with the offsets, not after the first values.
-  Both are loaded a part ahead, where a block goes on to other strips, as 93 of 131 do with 28672 x 7168; their
-  first values are brought to L2 when the last stage of x begins.
+- x is read as its columns lie, by cp.async, in four steps of at most four blocks; each warp says when its own copies
+  are there, a step ahead, and none waits for those that are less than a step behind.
+- The first mask words are loaded with the offsets, not after the first values. Both are loaded a part ahead, where a
+  block goes on to other strips, as 93 of 131 do with 28672 x 7168; their first values are brought to L2 when 16 blocks
+  of the part are left.
 - Sums are written column by column, as models have activations: to add up the slots transposes nothing.
-
-Paired, a place is a word, and a word a register (`device.decode_pairs`): 16 loads a block, 16 dp4a, 32 instructions to
-put zeros where nothing is stored, 8 for the bits, half of the mask words and of the popcounts; some 120 where single
-elements take 182, for 1.5 times their bytes at 70% and 80% zeros. Of 28672 x 7168 that is 25 us of issue, and 52 and 37
-us of memory at 4.3 TB/s. Reckoned, not timed.
 
 With more than 64 columns x is multiplied 64 at a time; with more than 128 a second kernel writes the dense matrix, and
 cuBLAS multiplies it. Reckoned, not timed: it reads 0.12 and writes 0.41 GB of 28672 x 7168, 130 us of memory, where two

@@ -1,7 +1,7 @@
-"""The two pipelines of the kernel: a ring of values for each warp, and two stages of x for the block.
+"""The two pipelines of the kernel: a ring of values for each warp, and steps of x for the block.
 
 A ring's copies are bulk ones, which a warp's own barriers wait for. x is copied by all threads, 16 bytes at a time, as
-its columns have to be laid out anew: a thread waits for its own copies, and the block's barrier for all of them.
+its columns have to be laid out anew: a thread waits for its own copies, and a step's barrier for all of them.
 
 Streams are behind the furthest by `MAX_LAG` rows at most and advance by `DEPTH` a block at most. So piece k can be
 overwritten before a block that finds the furthest stream at row m, if 16 (k + 1) + MAX_LAG <= m; a block lets at most
@@ -13,11 +13,12 @@ import dataclasses
 from pallas_kernels.tile import lane as ln
 from pallas_kernels.tile.lane import Array, Int
 from pallas_kernels.unstructured_matmul import layout, warp
-from pallas_kernels.unstructured_matmul.config import CHUNK, QUAD, ROW_BYTES, TILE_N, X_TILE_BYTES
+from pallas_kernels.unstructured_matmul.config import CHUNK, MMA_TILES, QUAD, ROW_BYTES, STEPS, TILE_N, X_TILE_BYTES
 from pallas_kernels.unstructured_matmul.division import Part, Work
 
 PIECE_BYTES = layout.DEPTH * ROW_BYTES
 LAG_PIECES = layout.MAX_LAG // layout.DEPTH
+AHEAD = STEPS - 2  # steps that are copied before they are waited for
 CORES = ln.WARP // TILE_N  # core matrices that a warp copies at a time
 
 
@@ -25,7 +26,8 @@ def shared_memory(work: Work) -> dict[str, int]:
     """How many words there are in a block, by name."""
     config, x = work.config, {}
     if work.tiles:
-        x["x"] = 2 * work.stage_blocks * work.tiles * X_TILE_BYTES // 4
+        x["x"] = STEPS * work.step_blocks * work.tiles * X_TILE_BYTES // 4
+        x["x_barriers"] = STEPS * warp.BARRIER_BYTES // 4
     barriers = config.warps * config.pieces * warp.BARRIER_BYTES // 4
     return {"rings": config.warps * config.ring_bytes // 4, **x, "barriers": barriers}
 
@@ -89,54 +91,82 @@ class Ring:
 
 
 @dataclasses.dataclass(frozen=True)
-class Stages:
-    """The two stages of shared memory that x goes through, `count` of them in a part; `before` have gone already.
+class Steps:
+    """The steps of x that a part's blocks go through, in `STEPS` places; `before` have gone already.
 
-    A stage is wgmma's B without a swizzle: [blocks, 8, tiles] core matrices of 8 columns by 8 rows of x, each column's
+    A step is wgmma's B without a swizzle: [blocks, 8, tiles] core matrices of 8 columns by 8 rows of x, each column's
     rows side by side, as they are in x [n, in] too.
 
-    Whoever begins the copies of a stage has passed the barrier before the last one, where all had read what was in its
-    place; so no part begins with a barrier.
+    Each place has a barrier, on which every warp arrives when its own copies of the step are there. It does so as it
+    begins the step before. So who may read a step knows that all warps have begun the last one, and overwrites the one
+    before that: no warp waits for those that are less than a step behind.
     """
 
     work: Work
     part: Part
     x: Array
     address: Int
+    barriers: Int
     before: Int
 
     @property
     def count(self) -> Int:
-        return (self.part.blocks + (self.work.stage_blocks - 1)) // self.work.stage_blocks
+        return self.quads * (QUAD // self.work.step_blocks)
 
-    def quads_of(self, stage: Int) -> Int:
-        """Of the part; none or fewer behind its last stage."""
-        left = (self.part.blocks + (QUAD - 1)) // QUAD - stage * (self.work.stage_blocks // QUAD)
-        return ln.minimum(left, self.work.stage_blocks // QUAD)
+    @property
+    def quads(self) -> Int:
+        return (self.part.blocks + (QUAD - 1)) // QUAD
 
-    def place(self, stage: Int) -> Int:
-        size = self.work.stage_blocks * self.work.tiles * X_TILE_BYTES
-        return self.address + ((self.before + stage) % 2) * size
+    def begin(self) -> None:
+        """Begins the first copies, and arrives for the first of all."""
+        for step in range(AHEAD):
+            self._copy(ln.constant(step))
+        self._arrive(ln.constant(0))
 
-    def copy(self, stage: Int) -> None:
-        """Begins the copies of a stage, if there is one of this number; by all threads.
+    def next(self, step: Int) -> Int:
+        """Waits for a step; its address. The one `AHEAD` of it is begun, the next one is said to be there."""
+        place, turn = self._place(step)
+        warp.wait(self.barriers + place * warp.BARRIER_BYTES, turn)
+        self._copy(step + AHEAD)
+        self._arrive(step + 1)
+        return self.address + place * self._bytes
+
+    @property
+    def _bytes(self) -> int:
+        return self.work.step_blocks * self.work.tiles * X_TILE_BYTES
+
+    def _place(self, step: Int) -> tuple[Int, Int]:
+        """A step's place, and how many had it before."""
+        return (self.before + step) % STEPS, (self.before + step) // STEPS
+
+    def _arrive(self, step: Int) -> None:
+        """Says that this warp's copies of a step are there, if there is such a step; those behind it may not be."""
+        warp.wait_for_chunks(AHEAD - 1, for_wgmma=self.work.tiles > MMA_TILES)
+        warp.warp_barrier()
+        with ln.when((ln.thread() % ln.WARP).equals(0) & (step < self.count)):
+            warp.arrive(self.barriers + self._place(step)[0] * warp.BARRIER_BYTES)
+
+    def _copy(self, step: Int) -> None:
+        """Begins the copies of a step, if there is one of this number; by all threads.
 
         A warp copies half of a block's rows at a time: eight lanes a core matrix, which is in all banks, and four of
         them side by side 64 bytes of a column. All addresses are constants ahead of the first.
         """
         work, number, lane = self.work, ln.warp(), ln.thread() % ln.WARP
         core, column = lane // TILE_N, lane % TILE_N
-        row = (self.part.first_block + stage * work.stage_blocks) * layout.BLOCK + (number * CORES + core) * CHUNK
+        row = (self.part.first_block + step * work.step_blocks) * layout.BLOCK + (number * CORES + core) * CHUNK
         source, core_bytes = column * work.columns + row, work.tiles * warp.CORE_BYTES
-        place = self.place(stage) + (number * CORES + core) * core_bytes + column * (2 * CHUNK)
-        halves = self.quads_of(stage) * (QUAD * layout.BLOCK // (CORES * CHUNK))
-        for ahead in range(0, work.stage_blocks * layout.BLOCK // (CORES * CHUNK), work.config.warps):
-            with ln.when(number + ahead < halves):
+        place = self.address + self._place(step)[0] * self._bytes
+        place = place + (number * CORES + core) * core_bytes + column * (2 * CHUNK)
+        halves = work.step_blocks * layout.BLOCK // (CORES * CHUNK)
+        for ahead in range(0, halves, work.config.warps):
+            with ln.when((number < halves - ahead) & (step < self.count)):
                 for tile in range(work.tiles):
                     there = self._within(row + ahead * (CORES * CHUNK), column + tile * TILE_N, tile)
                     elements = tile * TILE_N * work.columns + ahead * (CORES * CHUNK)
                     bytes_on = tile * warp.CORE_BYTES + ahead * CORES * core_bytes
                     warp.copy_chunk(self.x, source, elements, place, bytes_on, there)
+        warp.end_chunks()
 
     def _within(self, row: Int, column: Int, tile: int) -> ln.Bool | None:
         """Whether x has this row and column; None if it has all that are copied."""
@@ -144,8 +174,3 @@ class Stages:
         rows = row < work.columns if work.columns < work.padded_blocks * layout.BLOCK else None
         columns = column < work.n if work.n < (tile + 1) * TILE_N else None
         return columns if rows is None else rows if columns is None else rows & columns
-
-    def wait(self) -> None:
-        """Waits for all copies of the stage that was begun last, of all threads."""
-        warp.wait_for_chunks()
-        ln.block_barrier()

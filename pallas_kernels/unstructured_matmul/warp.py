@@ -82,7 +82,7 @@ def multiply_block(acc: Sequence[Int], a: Sequence[Int], x: Int, tiles: int, dty
     Args:
         acc: bits of float32, 4 registers a tile.
         a: 16 registers, 4 for each 16 columns.
-        x: address of the block's x in shared memory, as `pipelines.Stages` has it.
+        x: address of the block's x in shared memory, as `pipelines.Steps` has it.
         tiles: of 8 columns of x.
         dtype: of a and x.
     """
@@ -108,16 +108,42 @@ def multiply_block(acc: Sequence[Int], a: Sequence[Int], x: Int, tiles: int, dty
     return [Int(arith.bitcast(_i32(), r)) for r in out]
 
 
-def begin_barriers(address: Int, count: int) -> None:
-    """Makes barriers ready on which one thread arrives; called by that thread."""
+def load_matrices(address: Int, offset: int) -> list[Int]:
+    """Four 8 x 8 matrices of shared memory, of which lane i names row i % 8 of matrix i // 8, 16 bytes.
+
+    Lane i gets elements 2 (i % 4) and one more of row i // 4 of each.
+    """
+    code = f"ldmatrix.sync.aligned.m8n8.x4.shared.b16 {{$0, $1, $2, $3}}, [$4+{offset}];"
+    types = [_i32()] * 4
+    out: Any = utils.inline_ptx(code, address.value, result_types=types, has_side_effects=True, convergent=True)
+    return [Int(word) for word in out]
+
+
+def multiply_tile(acc: Sequence[Int], a: Sequence[Int], b: Sequence[Int], dtype: str) -> list[Int]:
+    """acc + a b by mma.m16n8k16: of 4 registers of float32, 4 and 2."""
+    kind, f32 = {"bfloat16": "bf16", "float16": "f16"}[dtype], ir.F32Type.get()
+    sums, of_a, of_b, before = (", ".join(f"${i}" for i in g) for g in (range(4), range(4, 8), (8, 9), range(10, 14)))
+    code = f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32 {{{sums}}}, {{{of_a}}}, {{{of_b}}}, {{{before}}};"
+    operands = [*(x.value for x in (*a, *b)), *(arith.bitcast(f32, x.value) for x in acc)]
+    out: Any = utils.inline_ptx(code, *operands, result_types=[f32] * 4, convergent=True)
+    return [Int(arith.bitcast(_i32(), r)) for r in out]
+
+
+def begin_barriers(address: Int, count: int, arrivals: int = 1) -> None:
+    """Makes barriers ready, each for so many arrivals; called by one thread."""
     for i in range(count):
-        nvvm.mbarrier_init(_pointer(address + i * BARRIER_BYTES), constant(1).value)
+        nvvm.mbarrier_init(_pointer(address + i * BARRIER_BYTES), constant(arrivals).value)
     utils.inline_ptx("fence.mbarrier_init.release.cluster;", has_side_effects=True)
 
 
 def expect(barrier: Int, size: Int) -> None:
     """Arrives; the barrier's phase is over when that many bytes have been copied."""
     utils.inline_ptx("mbarrier.arrive.expect_tx.shared.b64 _, [$0], $1;", barrier.value, size.value)
+
+
+def arrive(barrier: Int) -> None:
+    """One of the barrier's arrivals, after all that this thread has done."""
+    utils.inline_ptx("mbarrier.arrive.shared.b64 _, [$0];", barrier.value, has_side_effects=True)
 
 
 def wait(barrier: Int, phase: Int) -> None:
@@ -160,13 +186,19 @@ def copy_chunk(source: Array, index: Int, elements: int, to: Int, bytes_on: int,
     utils.inline_ptx(code, to.value, _address(source, 2, index), *sizes, has_side_effects=True)
 
 
-def wait_for_chunks() -> None:
-    """Waits for this thread's own chunks. After a barrier, wgmma may read what all threads have copied.
+def end_chunks() -> None:
+    """What this thread has begun to copy since it last ended some is a group, be it empty."""
+    utils.inline_ptx("cp.async.commit_group;", has_side_effects=True)
 
-    cp.async writes as threads do, wgmma reads as bulk copies do: the fence is what joins the two.
+
+def wait_for_chunks(groups: int, for_wgmma: bool) -> None:
+    """Waits for this thread's own chunks, but those of the last groups. After a barrier others may read them too.
+
+    cp.async writes as threads do, wgmma reads as bulk copies do: a fence is what joins the two.
     """
-    utils.inline_ptx("cp.async.wait_all;", has_side_effects=True)
-    nvvm.fence_proxy(nvvm.ProxyKind.async_shared, space=nvvm.SharedSpace.shared_cta)
+    utils.inline_ptx(f"cp.async.wait_group {groups};", has_side_effects=True)
+    if for_wgmma:
+        nvvm.fence_proxy(nvvm.ProxyKind.async_shared, space=nvvm.SharedSpace.shared_cta)
 
 
 def warp_barrier() -> None:

@@ -82,7 +82,7 @@ class UnstructuredLinear(nnx.Module):
     def from_linear(
         cls, linear: nnx.Linear, name: str = "", value_dtype: str | None = None, paired: bool = False
     ) -> "UnstructuredLinear":
-        """The same function; `name` is for messages, `value_dtype` and `paired` as in `Treatment`.
+        """The same function; `name` is for messages, `value_dtype` and `paired` as `from_dense` has them.
 
         Raises:
             ValueError: the kernel is cut along both dimensions, or lies on devices of other processes.

@@ -19,6 +19,8 @@ from sparsellm.unstructured.linear import UnstructuredLinear
 
 # The share of non-zeros from which on dense products are taken to be as quick: experiments/unstructured_spmm.py.
 BREAK_EVEN = 0.6
+# The share of non-zeros below which pairs are quicker: 28672 x 7168 on an H200, for 8 to 32 tokens (README).
+PAIRED_BELOW = 0.25
 
 # How [experts, in, out] become weights [out, in] of one layer: all experts' neurons are its outputs, or its inputs.
 STACKS: dict[str, Callable[[Array], Array]] = {
@@ -37,18 +39,23 @@ class Treatment:
         max_density: it stays dense where the share of its weights that are not zero is above this.
         value_dtype: "int8" or "float8_e4m3fn" rounds what is left to 8 bits, with a scale for each output; None does
             not round.
-        paired: whether they are stored two by two (`UnstructuredWeights`): more bytes, fewer instructions.
+        paired: whether they are stored two by two (`UnstructuredWeights`): more bytes, fewer instructions. None stores
+            those so of which a share below `PAIRED_BELOW` is not zero, as that is quicker.
     """
 
     max_density: float = BREAK_EVEN
     value_dtype: str | None = None
-    paired: bool = False
+    paired: bool | None = None
 
     def __post_init__(self):
         if self.value_dtype not in (None, *VALUE_DTYPES):
             raise ValueError(f"value_dtype must be None or one of {', '.join(VALUE_DTYPES)}; got {self.value_dtype!r}")
         if not 0 <= self.max_density <= 1:
             raise ValueError(f"max_density must be 0 to 1; got max_density={self.max_density}")
+
+    def pairs(self, density: float) -> bool:
+        """Whether weights of this density are stored in pairs."""
+        return density < PAIRED_BELOW if self.paired is None else self.paired
 
 
 type Rules = Sequence[tuple[str, Treatment | None]]
@@ -106,7 +113,7 @@ def compress[M: nnx.Module](
         del kernels
         row = {"layer": name, "density": density, "bytes": dense_bytes, "dense_bytes": dense_bytes}
         if density <= treatment.max_density:
-            row["bytes"] = _compress_one(model, name, treatment)
+            row["bytes"] = _compress_one(model, name, treatment.value_dtype, treatment.pairs(density))
         if report:
             report(row)
     return model
@@ -117,17 +124,17 @@ def _kernels(layer: Any) -> list[Array]:
     return [layer.kernel[...]] if isinstance(layer, nnx.Linear) else [getattr(layer, part)[...] for part in STACKS]
 
 
-def _compress_one(model: Any, name: str, treatment: Treatment) -> int:
+def _compress_one(model: Any, name: str, value_dtype: str | None, paired: bool) -> int:
     """Puts what is compressed in place of a layer, or of a mixture's stacks; its bytes."""
-    layer, kind = _get(model, name), (treatment.value_dtype, treatment.paired)
+    layer = _get(model, name)
     if isinstance(layer, nnx.Linear):
-        compressed = UnstructuredLinear.from_linear(layer, name, *kind)
+        compressed = UnstructuredLinear.from_linear(layer, name, value_dtype, paired)
         replace(model, name, compressed)
         return compressed.weights.nbytes
     total = 0
     for part, into_rows in STACKS.items():
         stack = getattr(layer, part)[...].astype(layer.dtype)
-        weights = UnstructuredWeights.from_dense(into_rows(stack), *kind)
+        weights = UnstructuredWeights.from_dense(into_rows(stack), value_dtype, paired)
         del stack
         setattr(layer, part, UnstructuredLinear(weights, None))
         total += weights.nbytes
