@@ -195,7 +195,7 @@ class Mixtral(nnx.Module):
         """Logits of the token after each token.
 
         Args:
-            tokens: token ids; one outside the vocabulary gives NaN.
+            tokens: token ids; one outside the vocabulary gives NaN, or, under no trace, the first router's error.
             mask: True for real tokens, False for padding on either side, which goes to no expert; None if all are
                 real. Logits at padding mean nothing.
             packing: where `tokens` belong if they are a packed batch, [1, packed], as logits then are: see
@@ -207,7 +207,8 @@ class Mixtral(nnx.Module):
             Logits, float32 [batch, length, vocab]; with a cache, the pair of logits and the new cache.
 
         Raises:
-            ValueError: there are more tokens than positions, and no mask; or a mask and a packing.
+            ValueError: there are more tokens than positions, and no mask; a mask and a packing; or, under no trace, NaN
+                router logits.
         """
         hidden, new_cache = self.hidden_states(tokens, mask=mask, packing=packing, cache=cache)
         logits = self.logits(hidden)

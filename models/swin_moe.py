@@ -75,6 +75,7 @@ class SwinMoEConfig:
             self, "image_size", "patch_size", "channels", "classes", "embed_dim", "window", "mlp_ratio", "top_k"
         )
         check_dtypes(self)
+        _ = self.rule  # which checks capacity_factor
         if len(self.depths) != len(self.heads) or min((*self.depths, *self.heads), default=0) < 1:
             rule = "depths and heads must hold an integer of at least 1 for each stage"
             raise ValueError(f"{rule}; got depths={self.depths}, heads={self.heads}")
@@ -93,6 +94,11 @@ class SwinMoEConfig:
             if self.resolution(stage) % self.stage_window(stage) or self.stage_window(stage) < 2:
                 rule = "windows of at least 2 must divide the tokens of each stage"
                 raise ValueError(f"{rule}; got window={self.window} for {self.resolution(stage)} in stage {stage}")
+
+    @property
+    def rule(self) -> RouterRule:
+        """What a sparse block's router does."""
+        return RouterRule(top_k=self.top_k, capacity_factor=self.capacity_factor, drop="priority")
 
     def width(self, stage: int) -> int:
         """Features of a token."""
@@ -265,12 +271,11 @@ class Mlp(nnx.Module):
 
 def _experts(config: SwinMoEConfig, width: int, *, rngs: nnx.Rngs) -> MixtureOfExperts:
     """A sparse feed-forward block: `Mlp` with experts."""
-    rule = RouterRule(top_k=config.top_k, capacity_factor=config.capacity_factor, drop="priority")
     param_dtype = jnp.dtype(config.param_dtype)
     experts = MixtureOfExperts(
         width,
         config.mlp_ratio * width,
-        ROUTERS[config.router](width, config.experts, rule, param_dtype=param_dtype, rngs=rngs),
+        ROUTERS[config.router](width, config.experts, config.rule, param_dtype=param_dtype, rngs=rngs),
         activation="gelu",
         bias=True,
         dtype=jnp.dtype(config.dtype),
@@ -360,7 +365,7 @@ class SwinMoE(nnx.Module):
                 (0.229, 0.224, 0.225).
 
         Raises:
-            ValueError: images of another size.
+            ValueError: images of another size; or, under no trace, router logits are NaN.
         """
         return self.head(self.features(images))
 

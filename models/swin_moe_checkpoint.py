@@ -213,7 +213,7 @@ def _merged_shape(files: _Files, name: str, shape: tuple[int, ...]) -> tuple[int
 
     Raises:
         FileNotFoundError: a rank is missing.
-        ValueError: the ranks' pieces differ in shape, or there are too many.
+        ValueError: a rank lacks its piece, the pieces differ in shape, or there are too many.
     """
     pieces = {rank: state[name].shape for rank, state in files.ranks.items() if name in state}
     shapes = sorted(set(pieces.values()))
@@ -221,8 +221,10 @@ def _merged_shape(files: _Files, name: str, shape: tuple[int, ...]) -> tuple[int
         raise ValueError(f"{name} must have one shape in every file of {files.stem}; got {shapes or 'none'}")
     count = max(math.prod(shape) // max(math.prod(shapes[0]), 1), 1)
     for rank in range(count):
-        if rank not in pieces:
+        if rank not in files.ranks:
             raise FileNotFoundError(f"rank {rank} of {count} is missing: {files.stem}.rank{rank}")
+        if rank not in pieces:
+            raise ValueError(f"{files.stem}.rank{rank} lacks {name}, of which every rank must have a piece")
     if len(pieces) > count:
         raise ValueError(f"{files.stem} must be of {count} ranks, by the shape of {name}; got {len(pieces)}")
     local, hidden, *rest = shapes[0]

@@ -241,7 +241,8 @@ class SwitchTransformer(nnx.Module):
         """Logits of the token after each of the decoder's tokens, float32.
 
         Args:
-            tokens: what the encoder reads; a token outside the vocabulary gives NaN.
+            tokens: what the encoder reads; a token outside the vocabulary gives NaN, or, under no trace, the first
+                router's error.
             decoder_tokens: the text so far, `config.start_id` first.
             mask: True for real tokens, False for padding on either side; None if all are real.
             decoder_mask: the same for the decoder. Logits at padding mean nothing.
@@ -249,7 +250,8 @@ class SwitchTransformer(nnx.Module):
             decoder_packing: the same for the decoder, of as many sequences.
 
         Raises:
-            ValueError: there are both a mask and a packing, or tokens are not the packing's.
+            ValueError: there are both a mask and a packing, tokens are not the packing's, or, under no trace, router
+                logits are NaN.
         """
         memory = self.memory(self.encode(tokens, mask=mask, packing=packing), mask=mask, packing=packing)
         return self.logits(self.decode(decoder_tokens, memory, mask=decoder_mask, packing=decoder_packing)[0])

@@ -120,10 +120,11 @@ class MixtureOfExperts(nnx.Module):
             mask: True for real tokens, False for padding, which goes to no expert; None if all are real.
 
         Returns:
-            The output in `dtype`; zero at padding, and where no expert had room. NaN in a token stays there.
+            The output in `dtype`; zero at padding, and where no expert had room. Under a trace (jit, grad, vmap), where
+            nothing can be raised, a token whose router logits are NaN is NaN, and no other token is affected.
 
         Raises:
-            ValueError: shapes or dtypes do not fit.
+            ValueError: shapes or dtypes do not fit; or, under no trace, router logits of a real token are NaN.
         """
         return self.apply_experts(x, self.route(x, mask))
 

@@ -186,7 +186,7 @@ def select_experts(
     sequences: int = 1,
     implementation: str | None = None,
 ) -> RouterOutput:
-    """Applies a rule to logits. A NaN among a token's logits makes its weights NaN, and those of no other token.
+    """Applies a rule to logits. NaN is an error of `route`; under a trace it makes its token's weights NaN, no other's.
 
     Args:
         logits: float32.
@@ -194,6 +194,9 @@ def select_experts(
         mask: False for padding; None if there is none.
         sequences: how many of equal length `tokens` holds, for a capacity per sequence.
         implementation: as for `route`.
+
+    Raises:
+        ValueError: under no trace, a token that is no padding has a NaN among its logits.
     """
     tokens, experts = logits.shape
     groups = sequences if rule.per_sequence else 1

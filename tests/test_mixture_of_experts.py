@@ -291,6 +291,25 @@ def test_not_a_number_stays_with_its_token(getkey):
         assert np.isnan(chosen[0]).all() and np.isfinite(chosen[1]).all()
 
 
+@pytest.mark.parametrize("drop", ["position", "priority"])
+@pytest.mark.parametrize("cosine", [False, True])
+def test_not_a_number_is_an_error_where_values_are_known(getkey, drop, cosine):
+    """Not so of padding, nor of what is traced; gradients stay as they are."""
+    layer = make_layer(RouterRule(top_k=1, capacity_factor=0.75, drop=drop), cosine=cosine)
+    ill = jax.random.normal(getkey(), (3, 4, D)).at[1, 2, 0].set(jnp.nan)
+    named = r"\(router logits\) must not be NaN; got NaN for 1 of 12 tokens, the first is token 6$"
+    for function in (layer, layer.route, lambda x: nnx.capture(layer, nnx.Intermediate)(x)):
+        with pytest.raises(ValueError, match=named):
+            function(ill)
+    with pytest.raises(ValueError, match=named):
+        select_experts(layer.router(ill.reshape(-1, D)), layer.router.rule)
+    mask = jnp.arange(12).reshape(3, 4) != 6
+    assert np.isfinite(layer(ill, mask)).all()
+    assert np.isnan(jax.vmap(layer.router)(ill)).any() and np.isnan(call(layer, ill)[1].weights[6]).all()
+    gradient = nnx.grad(lambda layer: layer(ill).sum())(layer)
+    assert np.isnan(gradient.router.cosine_projector.kernel[...] if cosine else gradient.router.kernel[...]).any()
+
+
 def test_padding_may_hold_anything(getkey):
     """NaN at padding reaches neither the output nor a gradient, and padding takes nobody's room."""
     layer = make_layer(RouterRule(top_k=2, capacity_factor=0.5), bias=True)

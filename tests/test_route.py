@@ -1,6 +1,8 @@
 """`route` against plain Python loops over tokens."""
 
+import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +16,8 @@ from lanes import run
 
 from pallas_kernels.route import Config, candidates, device, route
 from pallas_kernels.routing import Routing
+from pallas_kernels.workbench.checks import check_path
+from pallas_kernels.workbench.kernels import load_kernel
 
 NAN, INF = float("nan"), float("inf")
 
@@ -258,6 +262,57 @@ def test_errors(unchecked):
         route(scores, 1, implementation="triton")
     with fails(match=r"tokens must be 8, 16 or 32, and warpgroups 1, 2 or 4; got Config\(tokens=4, warpgroups=1\)"):
         route(scores, 1, config=Config(tokens=4, warpgroups=1))
+
+
+def ill_scores(dtype=jnp.float32):
+    """Of twelve tokens, of which 3 and 7 have a NaN."""
+    return jnp.ones((12, 4), dtype).at[jnp.array([3, 7]), jnp.array([1, 2])].set(NAN)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+def test_nan_is_an_error_where_values_are_known(dtype):
+    scores, mask = ill_scores(dtype), jnp.arange(12) != 3
+    named = r"^scores \(router logits\) must not be NaN; got NaN for {} of 12 tokens, the first is token {}$"
+    calls: list[Any] = [(1,), (2,), (1, 2), (2, 3, jnp.ones(12)), (1, None, None, jnp.ones(12, bool))]
+    for args in calls:
+        with pytest.raises(ValueError, match=named.format(2, 3)):
+            route(scores, *args)
+    with pytest.raises(ValueError, match=named.format(1, 7)):
+        route(scores, 1, mask=mask)
+    masked = mask & (jnp.arange(12) != 7)  # padding may hold anything
+    assert_routed(route(scores, 2, mask=masked), np.asarray(scores.astype(jnp.float32)), 2, None, None, masked)
+    assert_routed(route(jnp.full((3, 4), INF, dtype), 2), np.full((3, 4), INF), 2)
+
+
+def test_under_a_trace_nan_is_passed_over():
+    scores = ill_scores()
+
+    def find(scores, mask=None):
+        ids, routing = route(scores, 2, mask=mask)
+        return ids, routing.counts, routing.order
+
+    def summed(scores):
+        return jnp.sum(scores), find(scores)
+
+    batched = [x[0] for x in jax.vmap(find)(scores[None])]
+    outputs = {
+        "argument": jax.jit(find)(scores),
+        "constant": jax.jit(lambda: find(scores))(),
+        "mask": jax.jit(lambda mask: find(scores, mask))(jnp.ones(12, bool)),
+        "vmap": batched,
+        "grad": jax.grad(summed, has_aux=True)(scores)[1],
+    }
+    for ids, counts, order in outputs.values():
+        assert_routed((ids, Routing(counts=counts, order=order, top_k=2)), np.asarray(scores), 2)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "interpret"])
+def test_the_workbench_checks_cases_with_nan(implementation):
+    kernel = load_kernel("route")
+    small = next(case for case in kernel.cases if case.small)
+    case = dataclasses.replace(small, make=lambda *args: (small.make(*args)[0].at[3, 1].set(NAN), 2))
+    result = check_path(kernel, case, "float32", implementation)
+    assert result.status == "ok", result.detail
 
 
 def test_what_the_kernel_leaves_to_xla(unchecked):

@@ -234,6 +234,7 @@ def test_presets(size, millions):
         ({"moe_stages": (3,)}, r"moe_stages must be of \[0, 3\); got moe_stages=\(3,\)"),
         ({"router": "hash"}, "router must be one of linear, cosine; got router='hash'"),
         ({"top_k": 4}, "top_k must be at most experts; got top_k=4, experts=3"),
+        ({"capacity_factor": 0.0}, "capacity_factor must be positive, or None; got capacity_factor=0.0"),
         ({"dtype": "int8"}, "dtype must be one of .*; got 'int8'"),
     ],
 )

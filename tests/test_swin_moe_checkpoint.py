@@ -61,25 +61,36 @@ def run(model: SwinMoE, golden) -> tuple[jax.Array, list[np.ndarray]]:
         lambda model, images: nnx.capture(model, nnx.Intermediate)(images),
         compiler_options={"xla_backend_optimization_level": 0},  # most of the time here is the compiler's
     )
-    logits, captured = captured_run(model, images)
+    with jax.default_matmul_precision("highest"):  # a GPU would take TF32
+        logits, captured = captured_run(model, images)
     routers = jax.tree.leaves(captured, is_leaf=lambda leaf: isinstance(leaf, RouterOutput))
     return logits, [np.asarray(router.counts) for router in routers]
 
 
-@pytest.mark.parametrize(
-    ("name", "prefix", "choices"),
-    [
-        ("dense", "", {}),
-        ("linear", "", {}),
-        ("linear", "dropless_", {"capacity_factor": None}),
-        ("cosine", "", {}),
-    ],
-)
-def test_logits(name, prefix, choices):
+CASES = [
+    ("dense", "", {}),
+    ("linear", "", {}),
+    ("linear", "dropless_", {"capacity_factor": None}),
+    ("cosine", "", {}),
+]
+
+
+def check_golden(name: str, prefix: str, choices: dict, atol: float) -> None:
     golden = np.load(GOLDEN / f"{name}.npz")
     logits, counts = run(load_swin_moe(files_of(name), **choices), golden)
-    np.testing.assert_allclose(logits, golden[f"{prefix}logits"], atol=1e-5, rtol=0)
+    np.testing.assert_allclose(logits, golden[f"{prefix}logits"], atol=atol, rtol=0)
     np.testing.assert_array_equal(counts, [golden[f"{prefix}counts"]] if name != "dense" else [])
+
+
+@pytest.mark.parametrize(("name", "prefix", "choices"), CASES)
+def test_logits(name, prefix, choices):
+    check_golden(name, prefix, choices, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("name", "prefix", "choices"), CASES)
+def test_logits_on_a_gpu(name, prefix, choices):
+    check_golden(name, prefix, choices, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -149,6 +160,16 @@ def folder(tmp_path):
 def test_a_missing_rank_is_named(folder, rank):
     (folder / f"linear.pth.rank{rank}").unlink()
     with pytest.raises(FileNotFoundError, match=rf"rank {rank} of 8 is missing: .*linear\.pth\.rank{rank}$"):
+        load_swin_moe(folder)
+
+
+@pytest.mark.parametrize("tensor", ["batched_fc1_w", "batched_fc1_bias", "batched_fc2_w"])
+def test_a_rank_that_lacks_a_tensor_is_named(folder, tensor):
+    tensors = tensors_of(folder / "linear.pth.rank3")
+    name = SPARSE + "experts." + tensor
+    del tensors[name]
+    write_tensors(folder / "linear.pth.rank3", tensors)
+    with pytest.raises(ValueError, match=rf"linear\.pth\.rank3 lacks {re.escape(name)}, of which every rank must have"):
         load_swin_moe(folder)
 
 

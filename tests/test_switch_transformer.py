@@ -113,7 +113,7 @@ def test_golden(name, capacity):
 @pytest.mark.gpu
 @pytest.mark.parametrize(("name", "capacity"), CASES + OTHER_CASES)
 def test_golden_on_a_gpu(name, capacity):
-    check_golden(name, capacity, atol=1e-3)
+    check_golden(name, capacity, atol=1e-4)
 
 
 @pytest.mark.parametrize(("name", "capacity"), CASES)

@@ -15,7 +15,9 @@ choices; V-MoE (NeurIPS'21), section 4.1, batch-prioritised routing.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from pallas_kernels import tuning
@@ -50,8 +52,9 @@ def route(
 ) -> tuple[Int32[Array, "tokens {top_k}"], Routing]:
     """Finds the `top_k` experts of each token, and sorts these choices by expert.
 
-    Of equal scores the lower expert wins. NaN counts as minus infinity, so it never wins while anything is left; the
-    experts of a token are always distinct. Integers come out: nothing to differentiate.
+    Of equal scores the lower expert wins, and the experts of a token are always distinct. Integers come out: nothing to
+    differentiate. NaN is an error, but only where values are known: under a trace (jit, grad, vmap) it counts as minus
+    infinity, so it never wins while anything is left, and no other token is affected.
 
     With a `capacity`, all first choices of a group come before its second ones, and so on, and a choice is dropped
     where `capacity` positions of its group came to that expert before. Choices of the same rank come in order of token,
@@ -75,7 +78,7 @@ def route(
         The routing: in `order`, an expert's positions ascend, and so do the dropped ones behind them.
 
     Raises:
-        ValueError: the arguments do not fit together.
+        ValueError: the arguments do not fit together; or, under no trace, a token that is no padding has a NaN score.
         NotImplementedError: the asked implementation cannot take these arguments or this device.
 
     Source: GShard (ICLR'21), algorithm 1; V-MoE (NeurIPS'21), section 4.1.
@@ -87,6 +90,7 @@ def route(
         check_config(config)
     if not scores.size:
         return _nothing(scores, top_k)
+    _check_numbers(scores, mask)
     if capacity is not None and capacity >= scores.shape[0] // groups:  # room for all: a token names an expert once
         capacity, priority, groups = None, None, 1
 
@@ -131,3 +135,17 @@ def _check(scores, top_k: int, capacity: int | None, priority, mask, groups: int
         if array is not None and (array.shape != (tokens,) or array.dtype != dtype):
             rule = f"{name} must be {jnp.dtype(dtype).name}[{tokens}], one for each token"
             raise ValueError(f"{rule}; got {array.dtype}{list(array.shape)}")
+
+
+def _check_numbers(scores, mask) -> None:
+    """Raises ValueError where a token that is no padding has a NaN score; under a trace it does nothing."""
+    if isinstance(scores, Tracer) or isinstance(mask, Tracer):
+        return
+    is_nan = jnp.isnan(scores).any(axis=1)
+    is_nan = is_nan if mask is None else is_nan & mask
+    if isinstance(is_nan, Tracer):  # of a traced function's constants
+        return
+    found = np.flatnonzero(jax.device_get(is_nan))
+    if found.size:
+        got = f"NaN for {found.size} of {is_nan.size} tokens, the first is token {found[0]}"
+        raise ValueError(f"scores (router logits) must not be NaN; got {got}")

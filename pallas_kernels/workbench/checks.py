@@ -121,7 +121,7 @@ def path_errors(
         function = functools.partial(kernel.function, implementation=implementation)
         gradient = case.gradient and implementation != "interpret"
         if implementation == "interpret":
-            out = run_interpreted(lambda: value_and_gradients(function, args, gradient=False), timeout_s=timeout_s)
+            out = run_interpreted(lambda: _compiled(function, args, False), timeout_s=timeout_s)
         else:
             out = _compiled(function, args, gradient)
         ref = _compiled(kernel.module.reference, as_float32(args), gradient)
