@@ -8,9 +8,9 @@ weights run in our kernels and in plain XLA, and their logits are compared; tran
 
     python -m experiments moe_inference --keep        on a GPU; goes on where it was interrupted
 
-Expected on an H200: in a bfloat16 batch of 8, 10 to 19 times as quick as plain XLA for Switch and 2 to 3.5 times for
-Swin-MoE; in float32 2.5 to 3.9 and 1.8 to 2.8 times. Half an hour with both dtypes: most of it is compiling, one to
-four minutes a model.
+Expected on an H200: in a bfloat16 batch of 8, 10 to 19 times as quick as plain XLA for Switch and 2 to 3.6 times for
+Swin-MoE; in float32 2.8 to 3.9 and 1.8 to 2.8 times. Some half an hour with both dtypes: most of it is compiling, one
+to two minutes a model and dtype.
 
 Routers are made as sure as trained ones (the largest probability is near one), so that a wrong expert shows in the
 logits: one wrong layer changes them by a fifth and more. Rounding sends some tokens that are near a tie elsewhere, and

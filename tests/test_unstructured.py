@@ -385,6 +385,11 @@ def test_few_non_zeros_are_stored_in_pairs_unless_told_otherwise(paired, found):
     assert [model.layers[0].fc1.paired, model.layers[0].fc2.paired] == found
 
 
+def test_values_that_the_kernel_does_not_take_are_not_stored_in_pairs_unasked():
+    assert not Treatment(value_dtype="int8").pairs(0.1)
+    assert Treatment(value_dtype="int8", paired=True).pairs(0.1)
+
+
 def test_transformers_is_not_led_to_believe_that_it_can_load_it(tmp_path, compressed):
     save_hf(compressed, tmp_path / "a")
     assert json.loads((tmp_path / "a" / "config.json").read_text())["model_type"] == "opt-unstructured"

@@ -17,7 +17,8 @@ put zeros where nothing is stored, half of the mask words and of the popcounts: 
 single elements take 182, for 1.5 times their bytes at 70% and 80% zeros.
 
 Microseconds of 28672 x 7168 with 8, 16 and 32 columns of x, by zeros; XLA's dense product took 101, 104 and 106 (timed
-in a variant that is up to 3 us slower, see below; not so with 32 columns, but at 60%):
+in a variant that is up to 3 us slower, see below; not so with 32 columns, but at 60%; what is here is not timed as a
+whole):
 
                         50%               60%               70%               80%
     single        73 / 77 / 92      66 / 71 / 86      61 / 67 / 80      59 / 65 / 79

@@ -19,7 +19,7 @@ from sparsellm.unstructured.linear import UnstructuredLinear
 
 # The share of non-zeros from which on dense products are taken to be as quick: experiments/unstructured_spmm.py.
 BREAK_EVEN = 0.6
-# The share of non-zeros below which pairs are quicker: 28672 x 7168 on an H200, for 8 to 32 tokens (README).
+# The share of non-zeros below which pairs are quicker: between those timed, pallas_kernels/unstructured_matmul.
 PAIRED_BELOW = 0.25
 
 # How [experts, in, out] become weights [out, in] of one layer: all experts' neurons are its outputs, or its inputs.
@@ -40,7 +40,8 @@ class Treatment:
         value_dtype: "int8" or "float8_e4m3fn" rounds what is left to 8 bits, with a scale for each output; None does
             not round.
         paired: whether they are stored two by two (`UnstructuredWeights`): more bytes, fewer instructions. None stores
-            those so of which a share below `PAIRED_BELOW` is not zero, as that is quicker.
+            those so of which a share below `PAIRED_BELOW` is not zero, as the kernel is quicker, but none of 8 bits,
+            which it does not take.
     """
 
     max_density: float = BREAK_EVEN
@@ -55,7 +56,7 @@ class Treatment:
 
     def pairs(self, density: float) -> bool:
         """Whether weights of this density are stored in pairs."""
-        return density < PAIRED_BELOW if self.paired is None else self.paired
+        return density < PAIRED_BELOW and self.value_dtype is None if self.paired is None else self.paired
 
 
 type Rules = Sequence[tuple[str, Treatment | None]]
