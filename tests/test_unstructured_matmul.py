@@ -12,9 +12,11 @@ from lanes import Int, number, unsigned
 from pallas_kernels.case import relative_error
 from pallas_kernels.tile import lane
 from pallas_kernels.unstructured_matmul import (
+    EXPAND_N,
     Config,
     UnstructuredWeights,
     device,
+    expand,
     layout,
     peers,
     pipelines,
@@ -26,7 +28,8 @@ from pallas_kernels.unstructured_matmul import (
 )
 from pallas_kernels.unstructured_matmul.config import QUAD
 from pallas_kernels.unstructured_matmul.division import Part
-from pallas_kernels.unstructured_matmul.mosaic import by_column, divide, expand
+from pallas_kernels.unstructured_matmul.mosaic import by_column, divide
+from pallas_kernels.unstructured_matmul.mosaic import expand as mosaic_expand
 
 SHAPE = (100, 1100)  # no multiple of a strip, a run, a block or a section; two runs, and three sections a strip
 
@@ -184,6 +187,18 @@ def test_eight_bit_nan():
             and np.isfinite(np.delete(dense, 1, axis=0)).all()
             and np.isfinite(dense[1]).sum() == kept
         )
+
+
+@pytest.mark.parametrize("implementation", ["xla", "interpret", pytest.param("mosaic_gpu", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("value_dtype", ["int8", "float8_e4m3fn"])
+def test_eight_bit_products(value_dtype, implementation):
+    weights = UnstructuredWeights.from_dense(jnp.asarray(matrix("half", (70, 130))), value_dtype)
+    w = np.asarray(dataclasses.replace(weights, dtype=np.dtype("float32")).to_dense(), np.float64)
+    for n in (3, EXPAND_N + 1):  # the latter from a dense matrix
+        x = jax.random.normal(jax.random.key(n), (130, n), jnp.bfloat16)
+        y = unstructured_matmul(weights, x, implementation=implementation)
+        assert relative_error(y, w @ np.asarray(x, np.float64)) < 5e-3
+    np.testing.assert_array_equal(expand(weights, implementation=implementation), weights.to_dense())
 
 
 CORRUPTIONS = {
@@ -616,7 +631,7 @@ def run_on_numpy(kernel, division, weights, more, out: np.ndarray, lands_late: b
 def test_patterns_on_a_gpu(compressed, in_pairs, pattern, paired, config, getkey):
     x, weights = jax.random.normal(getkey(), (1100, 24), jnp.bfloat16), (in_pairs if paired else compressed)[pattern]
     out = unstructured_matmul(weights, x, config=config, implementation="mosaic_gpu")
-    assert (expand(weights, config, interpret=False) == matrix(pattern)).all()
+    assert (mosaic_expand(weights, config, interpret=False) == matrix(pattern)).all()
     assert relative_error(out, matrix(pattern).astype(np.float64) @ np.asarray(x, np.float64)) < 5e-3
 
 

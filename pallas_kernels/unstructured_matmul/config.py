@@ -80,12 +80,10 @@ def candidates(weights, x, bias=None, activation: str | None = None) -> list[Con
     return sorted(wanted, key=lambda config: round(busiest(config) / least, 1))  # stable: of equals, the widest first
 
 
-def check_support(weights, x, devices: tuple[str, ...] | None) -> None:
+def check_support(x, devices: tuple[str, ...] | None) -> None:
     """Raises NotImplementedError where the kernel cannot take these arguments, or the device is none of `devices`."""
     if x.dtype.itemsize != 2:
         raise NotImplementedError(f"the Mosaic kernel takes bfloat16 and float16; got {x.dtype}")
-    if weights.scales is not None:
-        raise NotImplementedError(f"the Mosaic kernel takes values of 16 bits; got {weights.values.dtype}")
     if devices is not None:
         device.require_device("unstructured_matmul", devices)
 

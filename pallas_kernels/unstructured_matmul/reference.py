@@ -11,7 +11,10 @@ from pallas_kernels.unstructured_matmul.weights import UnstructuredWeights, map_
 
 
 def finish(
-    y: Float32[Array, "out n"], scales: Float32[Array, " out"] | None, bias: Array | None, activation: str | None
+    y: Float32[Array, "out n"],
+    scales: Float32[Array, " out"] | None,
+    bias: Array | None = None,
+    activation: str | None = None,
 ) -> Float32[Array, "out n"]:
     """act(scales * y + bias)."""
     y = y if scales is None else y * scales[:, None]

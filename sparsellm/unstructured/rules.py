@@ -41,7 +41,7 @@ class Treatment:
             not round.
         paired: whether they are stored two by two (`UnstructuredWeights`): more bytes, fewer instructions. None stores
             those so of which a share below `PAIRED_BELOW` is not zero, as the kernel is quicker, but none of 8 bits,
-            which it does not take.
+            which are there to take less memory.
     """
 
     max_density: float = BREAK_EVEN
