@@ -12,11 +12,10 @@ from collections.abc import Callable, Sequence
 from pallas_kernels.tile import lane as ln
 from pallas_kernels.tile.lane import Array, Int
 from pallas_kernels.unstructured_matmul import layout, warp
-from pallas_kernels.unstructured_matmul.config import CHUNK, MMA_TILES, QUAD, ROW_BYTES, STEPS, TILE_N
+from pallas_kernels.unstructured_matmul.config import CHUNK, MMA_TILES, QUAD, ROW_BYTES, STEPS, TILE_N, X_TILE_BYTES
 from pallas_kernels.unstructured_matmul.division import Part, Work
-from pallas_kernels.unstructured_matmul.pipelines import LAG_PIECES, PIECE_BYTES, X_TILE_BYTES, Ring, Steps
+from pallas_kernels.unstructured_matmul.pipelines import LAG_PIECES, PIECE_BYTES, Ring, Source, Steps
 
-LAST_QUADS = 4  # before the end, when what follows is asked for
 REGISTERS = 4  # of an accumulator of 16 x 8
 
 # permute_bytes(odd, even, NOTHING + e * EVEN + o * ODD) is {even or 0, odd or 0}: nibbles 3 and 2 name zeros of the odd
@@ -60,40 +59,28 @@ def decode_pairs(word: Int, second: bool, place: Int) -> list[Int]:
 
 def multiply(work: Work, block: Int, inputs, outputs, smem: dict[str, Array]) -> None:
     """What a thread does; inputs are those of `Matrix`, and x [n, columns]."""
-    rings, barriers = _begin(work, smem)
     x, x_barriers = (warp.address_of(smem[name]) for name in ("x", "x_barriers"))
+    parts = Parts.of(work, block, inputs, smem)
+    loaded = parts.load()
     with ln.when(ln.thread().equals(0)):
         warp.begin_barriers(x_barriers, STEPS, work.config.warps)
     ln.block_barrier()
-    count = Part.count(work, block)
+    steps = Steps.of(work, block, inputs[-1], x, x_barriers)
+    steps.begin()
 
-    def place(number):
-        part = Part.of(work, block, number)
-        return part, Matrix.of(part, inputs)
+    def multiply_part(strip, state, carry):
+        state, sums = _multiply_strip(strip, state, steps, *carry)
+        _store_sums(work, block, strip.part, outputs[0], sums)
+        return state, [*(before + strip.part.steps for before in carry)]
 
-    def multiply_part(number, carry):
-        (pieces_before, steps_before), loaded = carry[:2], carry[2:]
-        start = Start(*place(number), loaded)
-        steps = Steps(work, start.part, inputs[-1], x, x_barriers, steps_before)
-        steps.begin()
-        strip = Strip.begin(start, rings, barriers, pieces_before)
-        following = Start.load(*place(ln.minimum(number + 1, count - 1)))  # there as soon as the first values
-        strip.wait()
-        sums = _multiply_strip(work, strip, steps, following.prefetch)
-        _store_sums(work, block, start.part, outputs[0], sums)
-        return [pieces_before + strip.ring.count, steps_before + steps.count, *following.loaded]
-
-    ln.loop(count, [ln.constant(0)] * 2 + Start.load(*place(ln.constant(0))).loaded, multiply_part)
+    parts.for_each(loaded, [ln.constant(0)], multiply_part)
 
 
 def expand(work: Work, block: Int, inputs, outputs, smem: dict[str, Array]) -> None:
     """What a thread does to write a dense matrix, two elements a word; inputs are those of `Matrix`."""
-    rings, barriers = _begin(work, smem)
 
-    def expand_part(number, carry):
-        part = Part.of(work, block, number)
-        strip = Strip.begin(Start.load(part, Matrix.of(part, inputs)), rings, barriers, carry[0])
-        strip.wait()
+    def expand_part(strip, state, carry):
+        part = strip.part
 
         def expand_quad(quad, state):
             def store(offset, registers):
@@ -103,20 +90,10 @@ def expand(work: Work, block: Int, inputs, outputs, smem: dict[str, Array]) -> N
 
             return strip.decode_quad(state, quad * QUAD, store)
 
-        ln.loop((part.blocks + (QUAD - 1)) // QUAD, strip.state(), expand_quad)
-        return [carry[0] + strip.ring.count]
+        return ln.loop(part.quads, state, expand_quad), carry
 
-    ln.loop(Part.count(work, block), [ln.constant(0)], expand_part)
-
-
-def _begin(work: Work, smem: dict[str, Array]) -> tuple[Int, Int]:
-    """Addresses of this warp's ring and of its barriers, which are ready: no other warp uses them."""
-    config, number = work.config, ln.warp()
-    barriers = warp.address_of(smem["barriers"]) + number * (config.pieces * warp.BARRIER_BYTES)
-    with ln.when((ln.thread() % ln.WARP).equals(0)):
-        warp.begin_barriers(barriers, config.pieces)
-    warp.warp_barrier()
-    return warp.address_of(smem["rings"]) + number * config.ring_bytes, barriers
+    parts = Parts.of(work, block, inputs, smem)
+    parts.for_each(parts.load(), [], expand_part)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -134,60 +111,120 @@ class Matrix:
         count, names = part.work.matrices, ("values", "masks", "rows", "lags")
         return cls(**{k: warp.choose(inputs[i * count : (i + 1) * count], part.matrix) for i, k in enumerate(names)})
 
+    def load_extent(self, part: Part) -> list[Int]:
+        """The rows of a part's first section and of that behind its last, and the lags there; for `extent`."""
+        own = part.own(ln.warp()) * part.work.sections
+        return [self.rows.load(own + part.first), self.rows.load(own + part.last), *self._load_lags(part, part.last)]
 
-@dataclasses.dataclass(frozen=True)
-class Start:
-    """Where a warp begins a part.
+    def load_start(self, part: Part) -> list[Int]:
+        """The lags of the lane's streams where a part begins, and its words of the first quad."""
+        words = load_words(part, self.masks, ln.constant(0))
+        return [*self._load_lags(part, part.first), *words]
+
+    def _load_lags(self, part: Part, section: Int) -> list[Int]:
+        row = part.own(ln.warp()) * part.work.sections + section
+        first = row * layout.STREAMS + ln.thread() % ln.WARP * 2
+        return [self.lags.load(first + half) for half in range(part.work.places)]
+
+
+def extent(loaded: list[Int]) -> list[Int]:
+    """A part's first row of values, and how many it has: one at least, so that there is a piece to wait for."""
+    first, last, *lags = loaded
+    return [first, ln.maximum(last - first + _furthest(lags), 1)]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Parts:
+    """The parts of a block, and a warp's ring, which goes on from one to the next.
+
+    What a part begins with is loaded during the one before, as is the extent of the part that follows it: whose values
+    are copied while some of its own are still to be decoded.
 
     Attributes:
-        part: the part.
-        matrix: which it is of.
-        loaded: what it loads before, all at once, as each load takes its time: the rows of the first and the last
-            section (of the stream furthest back), the lags of the lane's streams here and there, and its words of
-            the first quad.
+        work: the whole.
+        block: number of the block.
+        inputs: those of `Matrix`, and more.
+        address: of the ring.
+        barriers: address of the ring's.
     """
 
-    part: Part
-    matrix: Matrix
-    loaded: list[Int]
+    work: Work
+    block: Int
+    inputs: Sequence[Array]
+    address: Int
+    barriers: Int
 
     @classmethod
-    def load(cls, part: Part, matrix: Matrix) -> "Start":
-        lane, own = ln.thread() % ln.WARP, part.own(ln.warp())
-        ends = [own * part.work.sections + section for section in (part.first, part.last)]
-        halves = range(part.work.places)
-        lags = [matrix.lags.load(end * layout.STREAMS + lane * 2 + half) for end in ends for half in halves]
-        words = load_words(part, matrix.masks, _first_word(part), ln.constant(0))
-        return cls(part, matrix, [*(matrix.rows.load(end) for end in ends), *lags, *words])
-
-    @property
-    def first(self) -> Int:
-        return self.loaded[0]
-
-    @property
-    def rows(self) -> Int:
-        """Of values; there is always one more, and a piece to wait for."""
-        count = self.part.work.places
-        return ln.maximum(self.loaded[1] - self.first + _furthest(self.loaded[2 + count : 2 + 2 * count]), 1)
-
-    @property
-    def lags(self) -> list[Int]:
-        return self.loaded[2 : 2 + self.part.work.places]
-
-    @property
-    def words(self) -> list[Int]:
-        return self.loaded[2 + 2 * self.part.work.places :]
-
-    @property
-    def first_word(self) -> Int:
-        """Index of the lane's mask word of the part's first block."""
-        return _first_word(self.part)
-
-    def prefetch(self) -> None:
-        """Asks for the first values to be brought nearer."""
-        rows = ln.minimum(self.rows, self.part.work.config.pieces * layout.DEPTH)
+    def of(cls, work: Work, block: Int, inputs: Sequence[Array], smem: dict[str, Array]) -> "Parts":
+        """With barriers that are ready: no other warp uses them."""
+        config, number = work.config, ln.warp()
+        barriers = warp.address_of(smem["barriers"]) + number * (config.pieces * warp.BARRIER_BYTES)
         with ln.when((ln.thread() % ln.WARP).equals(0)):
-            warp.prefetch(self.matrix.values, ROW_BYTES, self.first, rows * ROW_BYTES)
+            warp.begin_barriers(barriers, config.pieces)
+        warp.warp_barrier()
+        address = warp.address_of(smem["rings"]) + number * config.ring_bytes
+        return cls(work=work, block=block, inputs=inputs, address=address, barriers=barriers)
+
+    @property
+    def count(self) -> Int:
+        return Part.count(self.work, self.block)
+
+    def load(self) -> list[Int]:
+        """What `for_each` has to know of the first parts, all at once, as each load takes its time."""
+        part, matrix = self._place(ln.constant(0))
+        return [*matrix.load_extent(part), *self._load_for(ln.constant(0))]
+
+    def for_each(self, loaded: list[Int], carry: list[Int], do: Callable) -> None:
+        """`do(strip, state, carry)` for each part, given its strip's state; what both are behind it.
+
+        Args:
+            loaded: by `load`.
+            carry: what the first one gets.
+            do: what is to be done.
+        """
+        places = self.work.places
+        own, rest = loaded[: 2 + places], loaded[2 + places :]
+
+        def do_part(number, carried):
+            begin, issued, *own = carried[:4]
+            loaded, carry = carried[4 : 4 + len(rest)], carried[4 + len(rest) :]
+            following, start = extent(loaded[: 2 + places]), loaded[2 + places :]
+            strip = self._strip(number, begin, own, following, start)
+            issued = strip.fill(issued)
+            ahead = self._load_for(number + 1)  # not waited for before the part ends
+            strip.wait()
+            state, carry = do(strip, strip.state(issued), carry)
+            return [strip.ring.own.end, state[-1], *following, *ahead, *carry]
+
+        ln.loop(self.count, [ln.constant(0)] * 2 + [*extent(own), *rest, *carry], do_part)
+
+    def _place(self, number: Int) -> tuple[Part, Matrix]:
+        """The part of this number, or the last one."""
+        part = Part.of(self.work, self.block, ln.minimum(number, self.count - 1))
+        return part, Matrix.of(part, self.inputs)
+
+    def _load_for(self, number: Int) -> list[Int]:
+        """The extent of the part that follows the one of this number, and what this one begins with."""
+        (part, matrix), (following, its_matrix) = self._place(number), self._place(number + 1)
+        return [*its_matrix.load_extent(following), *matrix.load_start(part)]
+
+    def _strip(self, number: Int, begin: Int, own: list[Int], following: list[Int], start: list[Int]) -> "Strip":
+        """A part's, given the number of its first piece, its extent and the following one's, and `load_start`."""
+        (part, matrix), (_, its_matrix) = self._place(number), self._place(number + 1)
+        source = Source(values=matrix.values, begin=begin, first=own[0], rows=own[1])
+        first, rows = following
+        rows = ln.select(number + 1 < self.count, rows, 0)
+        ring = Ring(
+            address=self.address,
+            barriers=self.barriers,
+            pieces=self.work.config.pieces,
+            own=source,
+            following=Source(values=its_matrix.values, begin=source.end, first=first, rows=rows),
+        )
+        lags, words = start[: self.work.places], start[self.work.places :]
+        origin = begin * PIECE_BYTES + ln.thread() % ln.WARP * 4
+        streams = [origin + lag * ROW_BYTES for lag in lags]
+        return Strip(part=part, masks=matrix.masks, ring=ring, streams=streams, words=words)
 
 
 def _furthest(streams: Sequence[Int]) -> Int:
@@ -195,20 +232,25 @@ def _furthest(streams: Sequence[Int]) -> Int:
     return ln.warp_max(functools.reduce(ln.maximum, streams))
 
 
-def _first_word(part: Part) -> Int:
+def load_words(part: Part, masks: Array, first: Int) -> list[Int]:
+    """The lane's mask words of the quad from block `first` on, as they are read by `stored_words`."""
     per = part.work.blocks_a_word
     in_strip = layout.mask_blocks(part.work.blocks, part.work.paired)
-    return (part.own(ln.warp()) * in_strip + part.first_block // per) * ln.WARP + ln.thread() % ln.WARP
+    origin = (part.own(ln.warp()) * in_strip + part.first_block // per) * ln.WARP + ln.thread() % ln.WARP
+    numbers = (ln.minimum(first // per + i, _words(part) - 1) for i in range(QUAD // per))
+    return [masks.load(origin + number * ln.WARP) for number in numbers]
 
 
-def load_words(part: Part, masks: Array, first_word: Int, first: Int) -> list[Int]:
-    """The lane's mask words of the quad from block `first` on; zeros behind the part's last block."""
-    per, words = part.work.blocks_a_word, []
-    count = (part.blocks + (per - 1)) // per
-    for number in (first // per + i for i in range(QUAD // per)):
-        word = masks.load(first_word + ln.minimum(number, count - 1) * ln.WARP)
-        words.append(ln.select(number < count, word, 0))
-    return words
+def stored_words(part: Part, words: Sequence[Int], first: Int) -> list[Int]:
+    """Those words; zeros behind the part's last block. Apart from loading, as whoever looks at them waits for them."""
+    numbers = (first // part.work.blocks_a_word + i for i in range(len(words)))
+    return [ln.select(number < _words(part), word, 0) for number, word in zip(numbers, words, strict=True)]
+
+
+def _words(part: Part) -> Int:
+    """Of a lane, that the masks of the part's blocks are."""
+    per = part.work.blocks_a_word
+    return (part.blocks + (per - 1)) // per
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -216,66 +258,52 @@ class Strip:
     """A warp's strip during a part.
 
     Attributes:
-        start: where it begins.
+        part: the part.
+        masks: of its matrix.
         ring: its values.
-        streams: where the lane's streams start, in bytes from the ring's beginning on: the even and the odd one, or
+        streams: where the lane's streams start, in bytes that have gone through the ring: the even and the odd one, or
             that of words.
+        words: the lane's mask words of the first quad.
     """
 
-    start: Start
+    part: Part
+    masks: Array
     ring: Ring
     streams: list[Int]
-
-    @classmethod
-    def begin(cls, start: Start, ring: Int, barriers: Int, before: Int) -> "Strip":
-        """With its first pieces under way; `before` have gone through the ring already."""
-        config = start.part.work.config
-        pieces = Ring(
-            values=start.matrix.values,
-            address=ring,
-            barriers=barriers,
-            pieces=config.pieces,
-            before=before,
-            first=start.first,
-            rows=start.rows,
-        )
-        origin = before * PIECE_BYTES + ln.thread() % ln.WARP * 4
-        strip = cls(start=start, ring=pieces, streams=[origin + lag * ROW_BYTES for lag in start.lags])
-        strip._fill()
-        return strip
+    words: list[Int]
 
     @property
     def top(self) -> Int:
         """Where the stream furthest ahead starts."""
         return _furthest(self.streams)
 
-    def _fill(self) -> None:
-        """Begins the first copies."""
+    def fill(self, issued: Int) -> Int:
+        """Begins the copies that may be under way when the part starts, of which `issued` are; how many are then."""
         ready = self.ring.ready_for(self.top)
-        warp.warp_barrier()
-        for piece in map(ln.constant, range(self.ring.pieces)):
-            with ln.when((ln.thread() % ln.WARP).equals(0) & (piece < ready)):
-                self.ring.copy(piece)
+        warp.warp_barrier()  # every lane has read what is overwritten now
+        with ln.when((ln.thread() % ln.WARP).equals(0)):
+            ln.loop(ready - issued, [], lambda piece, _: self.ring.copy(issued + piece) or [])
+        return ready
 
     def wait(self) -> None:
         """Waits for what lies before the first block."""
         needed = self.ring.needed_before(self.top)
-        for piece in map(ln.constant, range(LAG_PIECES)):
+        for piece in (self.ring.own.begin + i for i in range(LAG_PIECES)):
             with ln.when(piece < needed + 1):
                 self.ring.wait(piece)
 
-    def state(self) -> list[Int]:
-        """What changes from quad to quad: its words, the streams, the furthest one, pieces copied."""
-        return [*self.start.words, *self.streams, self.top, self.ring.ready_for(self.top)]
+    def state(self, issued: Int) -> list[Int]:
+        """What changes from quad to quad: its words, the streams, the furthest one, pieces whose copies have begun."""
+        return [*self.words, *self.streams, self.top, issued]
 
     def decode_quad(self, state: list[Int], first: Int, consume: Callable[[int, list[Int]], None]) -> list[Int]:
         """Four blocks from block `first` on, each decoded and consumed before the next; the state after them.
 
         Their mask words were loaded one quad before: a load that is carried on is waited for.
         """
-        start, count = self.start, QUAD // self.start.part.work.blocks_a_word
-        words, (*before, issued) = state[:count], state[count:]
-        following = load_words(start.part, start.matrix.masks, start.first_word, first + QUAD)
+        count = len(self.words)
+        words, (*before, issued) = stored_words(self.part, state[:count], first), state[count:]
+        following = load_words(self.part, self.masks, first + QUAD)
         places = self.places(words, before)
         for block in range(QUAD):
             registers, issued = self.decode(block, words, places[block], places[block + 1][-1], issued)
@@ -287,10 +315,8 @@ class Strip:
         places = [before]
         for block in range(QUAD):
             *streams, _ = places[-1]
-            if self.start.part.work.paired:
-                stored = [words[block // 2] >> block % 2]
-            else:
-                stored = [words[block], words[block] >> 1]
+            shifts = [block % 2] if self.part.work.paired else [0, 1]
+            stored = [words[block // self.part.work.blocks_a_word] >> shift for shift in shifts]
             counts = [ln.popcount(bits & EVEN_ONES) for bits in stored]
             streams = [x + count * ROW_BYTES for x, count in zip(streams, counts, strict=True)]
             places.append([*streams, _furthest(streams)])
@@ -299,14 +325,14 @@ class Strip:
     def decode(
         self, block: int, words: Sequence[Int], before: list[Int], end: Int, issued: Int
     ) -> tuple[list[Int], Int]:
-        """A block's registers, and the pieces copied so far: one more may be, and what the block needs is waited for.
+        """A block's registers, and the pieces under way or there: one more may be, what the block needs is waited for.
 
         Args:
             block: which one of the quad.
             words: the lane's mask words of the quad.
             before: the streams and the furthest one.
             end: the furthest one after it.
-            issued: pieces copied before.
+            issued: pieces whose copies have begun.
         """
         *streams, top = before
         ready = self.ring.ready_for(top)
@@ -315,33 +341,32 @@ class Strip:
             self.ring.copy(issued)
         self.ring.wait(self.ring.needed_before(end))
         places = [self.ring.place(stream) for stream in streams]
-        if self.start.part.work.paired:
+        if self.part.work.paired:
             return decode_pairs(words[block // 2], block % 2 == 1, *places), ready
         return decode(words[block], *places), ready
 
 
-def _multiply_strip(work: Work, strip: Strip, steps: Steps, ahead: Callable[[], None]) -> list[Int]:
-    """The strip's sums over a part's sections, 4 registers a tile, quad by quad.
+def _multiply_strip(strip: Strip, state: list[Int], steps: Steps, before: Int) -> tuple[list[Int], list[Int]]:
+    """The strip's state behind a part, and its sums over the part's sections, 4 registers a tile, quad by quad.
 
-    The first steps of x are under way; `ahead` is done when few quads are left.
+    `before` is the number of the part's first step of x.
     """
-    block_bytes, begin = work.tiles * X_TILE_BYTES, strip.state()
+    work = strip.part.work
+    block_bytes = work.tiles * X_TILE_BYTES
 
     def multiply_quad(quad, carry):
-        sums, place = carry[len(begin) :], ln.constant(0)
+        sums, place = carry[len(state) :], ln.constant(0)
 
         def multiply(block, registers):
             nonlocal place
             step, within = divmod(block, work.step_blocks)
-            place = place if within else steps.next(quad * (QUAD // work.step_blocks) + step)
+            place = place if within else steps.next(before + quad * (QUAD // work.step_blocks) + step)
             sums[:] = _multiply_block(work, sums, registers, place + within * block_bytes)
 
-        with ln.when(quad.equals(ln.maximum(steps.quads - LAST_QUADS, 0))):
-            ahead()
-        return strip.decode_quad(carry[: len(begin)], quad * QUAD, multiply) + sums
+        return strip.decode_quad(carry[: len(state)], quad * QUAD, multiply) + sums
 
-    carry = begin + [ln.constant(0)] * (REGISTERS * work.tiles)
-    return ln.loop(steps.quads, carry, multiply_quad)[len(begin) :]
+    carry = ln.loop(strip.part.quads, [*state, *[ln.constant(0)] * (REGISTERS * work.tiles)], multiply_quad)
+    return carry[: len(state)], carry[len(state) :]
 
 
 def _multiply_block(work: Work, sums: list[Int], registers: list[Int], x: Int) -> list[Int]:

@@ -87,6 +87,11 @@ class Work:
         return self.blocks + -self.blocks % QUAD
 
     @property
+    def steps(self) -> int:
+        """Of all of x."""
+        return self.padded_blocks // self.step_blocks
+
+    @property
     def threads(self) -> int:
         return self.config.warps * ln.WARP
 
@@ -128,6 +133,15 @@ class Part:
     @property
     def blocks(self) -> Int:
         return ln.minimum(self.last * layout.SECTION, self.work.blocks) - self.first_block
+
+    @property
+    def quads(self) -> Int:
+        return (self.blocks + (QUAD - 1)) // QUAD
+
+    @property
+    def steps(self) -> Int:
+        """Of x."""
+        return self.quads * (QUAD // self.work.step_blocks)
 
     @property
     def matrix(self) -> Int:

@@ -32,11 +32,11 @@ and decoding ("d"):
     32 (wgmma)          70    54    61    60    39     40      -        -        29
 
 With 8 columns that is the stream of values, 40 us at 4.3 TB/s, and 10 us around it: 2 to add up the slots, and the
-start (offsets, then first values), which comes once more where a block goes on to other strips. With 32 it is x and the
-tensor core as well: every multiprocessor reads all of x, 52 MB together, and a wgmma begins when the last of its four
-warps is there (21% of the warps' time by ncu, with 16 columns). So up to 16 columns each warp multiplies by mma, 3 to
-8 us quicker; with 32, as ldmatrix reads x for each warp and mma has half the rate, it is no quicker. Tried beside that,
-with 80% zeros:
+start (offsets, then first values), which then came once more where a block goes on to other strips. With 32 it is x and
+the tensor core as well: every multiprocessor reads all of x, 52 MB together, and a wgmma begins when the last of its
+four warps is there (21% of the warps' time by ncu, with 16 columns). So up to 16 columns each warp multiplies by mma, 3
+to 8 us quicker; with 32, as ldmatrix reads x for each warp and mma has half the rate, it is no quicker. Tried beside
+that, with 80% zeros:
 
     wgmma waited for one block later                       0 to 1 us less
     the first piece of a ring repeated behind its end by its lanes, not by a second copy: 0 to 3 us more (wgmma), so
@@ -68,8 +68,8 @@ columns, cuBLAS 30.7. Against that:
 - x is read as its columns lie, by cp.async, in four steps of at most four blocks; each warp says when its own copies
   are there, a step ahead, and none waits for those that are less than a step behind.
 - The first mask words are loaded with the offsets, not after the first values. Both are loaded a part ahead, where a
-  block goes on to other strips, as 93 of 131 do with 28672 x 7168; their first values are brought to L2 when 16 blocks
-  of the part are left.
+  block goes on to other strips, as 93 of 131 do with 28672 x 7168; and their first values and x are copied while the
+  last blocks of the part are multiplied.
 - Sums are written column by column, as models have activations: to add up the slots transposes nothing.
 
 With more than 64 columns x is multiplied 64 at a time; with more than 128 a second kernel writes the dense matrix, and

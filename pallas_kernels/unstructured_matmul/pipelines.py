@@ -3,9 +3,13 @@
 A ring's copies are bulk ones, which a warp's own barriers wait for. x is copied by all threads, 16 bytes at a time, as
 its columns have to be laid out anew: a thread waits for its own copies, and a step's barrier for all of them.
 
+Neither stops where a block goes on to another part: the last blocks of a part let the first pieces and steps of the
+following one be copied. Of pieces that is one part ahead at most, so all that a ring has to know is two parts.
+
 Streams are behind the furthest by `MAX_LAG` rows at most and advance by `DEPTH` a block at most. So piece k can be
 overwritten before a block that finds the furthest stream at row m, if 16 (k + 1) + MAX_LAG <= m; a block lets at most
-one more piece be copied, and waits for one more at most. Which pieces are under way follows from m alone.
+one more piece be copied, and waits for one more at most. Which pieces are under way follows from m alone. A part starts
+with a piece of its own, so m goes on by up to 15 + MAX_LAG rows there, and up to three pieces are begun at once.
 """
 
 import dataclasses
@@ -13,7 +17,7 @@ import dataclasses
 from pallas_kernels.tile import lane as ln
 from pallas_kernels.tile.lane import Array, Int
 from pallas_kernels.unstructured_matmul import layout, warp
-from pallas_kernels.unstructured_matmul.config import CHUNK, MMA_TILES, QUAD, ROW_BYTES, STEPS, TILE_N, X_TILE_BYTES
+from pallas_kernels.unstructured_matmul.config import CHUNK, MMA_TILES, ROW_BYTES, STEPS, TILE_N, X_TILE_BYTES
 from pallas_kernels.unstructured_matmul.division import Part, Work
 
 PIECE_BYTES = layout.DEPTH * ROW_BYTES
@@ -33,66 +37,87 @@ def shared_memory(work: Work) -> dict[str, int]:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Ring:
-    """A strip's pieces of the values of one part, from row `first` on.
+class Source:
+    """What a ring holds of a part: a piece for each 16 rows.
 
     Attributes:
-        values: all values.
-        address: of the ring.
-        barriers: address of one a piece.
-        pieces: how many it holds.
-        before: pieces that went through it before.
+        values: all values of its matrix.
+        begin: number of its first piece, of all that go through the ring.
         first: row of values.
         rows: how many there are to copy.
     """
 
     values: Array
-    address: Int
-    barriers: Int
-    pieces: int
-    before: Int
+    begin: Int
     first: Int
     rows: Int
 
     @property
-    def count(self) -> Int:
-        """Pieces to copy."""
-        return (self.rows + (layout.DEPTH - 1)) // layout.DEPTH
+    def end(self) -> Int:
+        """Number of the piece behind its last."""
+        return self.begin + (self.rows + (layout.DEPTH - 1)) // layout.DEPTH
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Ring:
+    """A strip's pieces of the values of one part, and those of the part that follows.
+
+    Pieces are numbered, and the bytes that streams are at counted, from the block's first part on.
+
+    Attributes:
+        address: of the ring.
+        barriers: address of one a piece.
+        pieces: how many it holds.
+        own: the part's values.
+        following: those of the next one; without rows if there is none.
+    """
+
+    address: Int
+    barriers: Int
+    pieces: int
+    own: Source
+    following: Source
 
     def ready_for(self, top: Int) -> Int:
         """How many pieces may have been copied when `top` is the byte that the furthest stream is at."""
-        return ln.minimum(self.count, (top // PIECE_BYTES) - self.before + (self.pieces - LAG_PIECES))
+        return ln.minimum(self.following.end, top // PIECE_BYTES + (self.pieces - LAG_PIECES))
 
     def needed_before(self, top: Int) -> Int:
         """The last piece that has to be there when `top` is the byte that the furthest stream goes on to."""
-        return ln.maximum((top + (PIECE_BYTES - ROW_BYTES)) // PIECE_BYTES - self.before - 1, 0)
+        return ln.maximum((top + (PIECE_BYTES - ROW_BYTES)) // PIECE_BYTES - 1, self.own.begin)
 
     def copy(self, piece: Int) -> None:
         """Begins the copy of a piece, the ring's first one a second time behind its end; by one lane."""
-        slot = (self.before + piece) % self.pieces
-        row = piece * layout.DEPTH
-        size = ln.minimum(self.rows - row, layout.DEPTH) * ROW_BYTES
+        slot, is_own = piece % self.pieces, piece < self.own.end
+        begin, first, rows = (
+            ln.select(is_own, getattr(self.own, name), getattr(self.following, name))
+            for name in ("begin", "first", "rows")
+        )
+        values = warp.choose([self.following.values, self.own.values], ln.select(is_own, 1, 0))
+        row = (piece - begin) * layout.DEPTH
+        size = ln.minimum(rows - row, layout.DEPTH) * ROW_BYTES
         barrier = self.barriers + slot * warp.BARRIER_BYTES
         is_first = slot.equals(0)
         warp.expect(barrier, ln.select(is_first, size + size, size))
         place = self.address + slot * PIECE_BYTES
-        warp.copy(self.values, ROW_BYTES, self.first + row, place, size, barrier)
+        warp.copy(values, ROW_BYTES, first + row, place, size, barrier)
         with ln.when(is_first):
             behind = self.address + self.pieces * PIECE_BYTES
-            warp.copy(self.values, ROW_BYTES, self.first + row, behind, size, barrier)
+            warp.copy(values, ROW_BYTES, first + row, behind, size, barrier)
 
     def wait(self, piece: Int) -> None:
-        number = self.before + piece
-        warp.wait(self.barriers + (number % self.pieces) * warp.BARRIER_BYTES, number // self.pieces)
+        warp.wait(self.barriers + (piece % self.pieces) * warp.BARRIER_BYTES, piece // self.pieces)
 
     def place(self, stream: Int) -> Int:
         """Address of what a stream is at."""
         return self.address + stream % (self.pieces * PIECE_BYTES)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Steps:
-    """The steps of x that a part's blocks go through, in `STEPS` places; `before` have gone already.
+    """The steps of x that a block goes through, in `STEPS` places, numbered from its first part on.
+
+    All parts but the last go on to the end of x, and all but the first begin with it. So steps go round and round.
 
     A step is wgmma's B without a swizzle: [blocks, 8, tiles] core matrices of 8 columns by 8 rows of x, each column's
     rows side by side, as they are in x [n, in] too.
@@ -100,22 +125,31 @@ class Steps:
     Each place has a barrier, on which every warp arrives when its own copies of the step are there. It does so as it
     begins the step before. So who may read a step knows that all warps have begun the last one, and overwrites the one
     before that: no warp waits for those that are less than a step behind.
+
+    Attributes:
+        work: the whole.
+        x: [n, columns].
+        address: of the places.
+        barriers: address of theirs.
+        first: which step of x the block starts with.
+        count: how many it goes through.
     """
 
     work: Work
-    part: Part
     x: Array
     address: Int
     barriers: Int
-    before: Int
+    first: Int
+    count: Int
 
-    @property
-    def count(self) -> Int:
-        return self.quads * (QUAD // self.work.step_blocks)
-
-    @property
-    def quads(self) -> Int:
-        return (self.part.blocks + (QUAD - 1)) // QUAD
+    @classmethod
+    def of(cls, work: Work, block: Int, x: Array, address: Int, barriers: Int) -> "Steps":
+        """Those of a block."""
+        parts, zero = Part.count(work, block), ln.constant(0)
+        first, last = Part.of(work, block, zero), Part.of(work, block, parts - 1)
+        begin, end = first.first_block // work.step_blocks, last.first_block // work.step_blocks + last.steps
+        count = (parts - 1) * work.steps + end - begin
+        return cls(work=work, x=x, address=address, barriers=barriers, first=begin, count=count)
 
     def begin(self) -> None:
         """Begins the first copies, and arrives for the first of all."""
@@ -125,7 +159,7 @@ class Steps:
 
     def next(self, step: Int) -> Int:
         """Waits for a step; its address. The one `AHEAD` of it is begun, the next one is said to be there."""
-        place, turn = self._place(step)
+        place, turn = step % STEPS, step // STEPS
         warp.wait(self.barriers + place * warp.BARRIER_BYTES, turn)
         self._copy(step + AHEAD)
         self._arrive(step + 1)
@@ -135,16 +169,12 @@ class Steps:
     def _bytes(self) -> int:
         return self.work.step_blocks * self.work.tiles * X_TILE_BYTES
 
-    def _place(self, step: Int) -> tuple[Int, Int]:
-        """A step's place, and how many had it before."""
-        return (self.before + step) % STEPS, (self.before + step) // STEPS
-
     def _arrive(self, step: Int) -> None:
         """Says that this warp's copies of a step are there, if there is such a step; those behind it may not be."""
         warp.wait_for_chunks(AHEAD - 1, for_wgmma=self.work.tiles > MMA_TILES)
         warp.warp_barrier()
         with ln.when((ln.thread() % ln.WARP).equals(0) & (step < self.count)):
-            warp.arrive(self.barriers + self._place(step)[0] * warp.BARRIER_BYTES)
+            warp.arrive(self.barriers + (step % STEPS) * warp.BARRIER_BYTES)
 
     def _copy(self, step: Int) -> None:
         """Begins the copies of a step, if there is one of this number; by all threads.
@@ -154,9 +184,9 @@ class Steps:
         """
         work, number, lane = self.work, ln.warp(), ln.thread() % ln.WARP
         core, column = lane // TILE_N, lane % TILE_N
-        row = (self.part.first_block + step * work.step_blocks) * layout.BLOCK + (number * CORES + core) * CHUNK
+        row = ((self.first + step) % work.steps) * (work.step_blocks * layout.BLOCK) + (number * CORES + core) * CHUNK
         source, core_bytes = column * work.columns + row, work.tiles * warp.CORE_BYTES
-        place = self.address + self._place(step)[0] * self._bytes
+        place = self.address + (step % STEPS) * self._bytes
         place = place + (number * CORES + core) * core_bytes + column * (2 * CHUNK)
         halves = work.step_blocks * layout.BLOCK // (CORES * CHUNK)
         for ahead in range(0, halves, work.config.warps):

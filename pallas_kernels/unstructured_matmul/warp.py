@@ -163,12 +163,6 @@ def copy(source: Array, unit: int, first: Int, to: Int, size: Int, barrier: Int)
     )
 
 
-def prefetch(source: Array, unit: int, first: Int, size: Int) -> None:
-    """Brings `size` bytes (a multiple of 16) to L2, as `copy` would name them."""
-    code = "cp.async.bulk.prefetch.L2.global [$0], $1;"
-    utils.inline_ptx(code, _address(source, unit, first), size.value, has_side_effects=True)
-
-
 def copy_chunk(source: Array, index: Int, elements: int, to: Int, bytes_on: int, there: Bool | None) -> None:
     """Begins this thread's copy of 16 bytes to shared memory, or of zeros there.
 
