@@ -13,11 +13,12 @@ model decodes with the predictor that loses at most `loss` of perplexity. Killed
 
 Rows: density by layer and span; a row for each method and wish (`budget`: neurons over those that truly fire, or
 `recall_wanted`), with recall, precision, density and perplexity; of the chosen predictor every layer, and decoding,
-with how many tokens of the lists' text their simulation would write too. Seen on an H200, in about four minutes: with
+with how many tokens of the lists' text their simulation would write too. Seen on an H200, in two to four minutes: with
 the model that `pretrain` makes there, at the true density the trained predictor recalls 90 to 92% and the SVD 86 to
-91%, and both lose less than 0.1% of perplexity; with one that trained twice as long with an L1 term, 2.4% of whose
-neurons fire, 72% and 66%, for 10% and 60% more perplexity, and at 1.5 times the true density 4% and 22%. "trained svd"
-was seen on a CPU alone, with quickstart's model: 91%, where the SVD recalls 88% and the published training 84%.
+91%, and both lose less than 0.1% of perplexity. With one that had an L1 term, 2.2% of whose neurons fire, and a rank of
+256: 80% and 78%, "trained svd" 77%, for 0.5%, 0.7% and 0.6% more perplexity; at 1.5 times the true density 0.1% each,
+looking ahead 4%. With one that had that, dropout and twice the steps, and a rank of 96: 72% and 66%, for 10% and 60%
+more perplexity, and at 1.5 times the true density 4% and 22%.
 """
 
 import dataclasses

@@ -12,8 +12,8 @@ A row a pruned model: its perplexity beside the dense one's, how many of its blo
 the mean relative error of its layers' outputs on the calibration set. Expected: SparseGPT best everywhere, the more so
 the higher the sparsity; and the larger what is zero as one, the worse. Of a model that has learned little half the
 weights are not missed, and the others fall as they may. Seen on an H200 with OPT-125M after `pretrain`'s 1,300 steps
-(perplexity 166.1): SparseGPT 166.0, magnitude 166.7, Wanda 167.1; after 2,600 with an L1 term and dropout (211.2):
-213.2, 228.0, 220.8, and in 2:4 220.5, 267.7, 257.2.
+(perplexity 166.1): SparseGPT 166.0, magnitude 166.7, Wanda 167.1; with an L1 term (124.7): 124.5, 128.0, 128.0; after
+2,600 with that and dropout (211.2): 213.2, 228.0, 220.8, and in 2:4 220.0, 267.7, 257.2.
 """
 
 import dataclasses

@@ -16,16 +16,16 @@ Paired, a place is a word, and a word a register (`device.decode_pairs`): 16 loa
 put zeros where nothing is stored, half of the mask words and of the popcounts: 150 with wgmma for 16 columns, where
 single elements take 182, for 1.5 times their bytes at 70% and 80% zeros.
 
-Microseconds of 28672 x 7168 with 8, 16 and 32 columns of x, by zeros; XLA's dense product took 101, 104 and 106 (timed
-in a variant that is up to 3 us slower, see below; not so with 32 columns, but at 60%; what is here is not timed as a
-whole):
+Microseconds of 28672 x 7168 with 8, 16 and 32 columns of x, by zeros (`unstructured_spmm`); XLA's dense product took
+101, 104 and 105:
 
                         50%               60%               70%               80%
-    single        73 / 77 / 92      66 / 71 / 86      61 / 67 / 80      59 / 65 / 79
-    paired        89 / 92 / 97      80 / 84 / 90      68 / 71 / 80      54 / 59 / 70
+    single        66 / 70 / 88      63 / 67 / 82      59 / 65 / 80      60 / 65 / 80
+    paired        84 / 87 / 92      74 / 77 / 82      62 / 65 / 75      52 / 55 / 69
+    bytes         56, paired 77     47, paired 66     37, paired 54     27, paired 40
 
-What paired ones spend at 80% zeros, by leaving out values ("v": not copied, not waited for), x, the tensor core ("t")
-and decoding ("d"):
+What paired ones spent at 80% zeros, before the ring went on from part to part (below), by leaving out values ("v": not
+copied, not waited for), x, the tensor core ("t") and decoding ("d"):
 
                        all    v     x     t    v, t   v, x   x, t   x, t, d   v, x, t
     8 columns (mma)     54    34    52    52    31     31     51       50        28
@@ -36,12 +36,18 @@ start (offsets, then first values), which then came once more where a block goes
 the tensor core as well: every multiprocessor reads all of x, 52 MB together, and a wgmma begins when the last of its
 four warps is there (21% of the warps' time by ncu, with 16 columns). So up to 16 columns each warp multiplies by mma, 3
 to 8 us quicker; with 32, as ldmatrix reads x for each warp and mma has half the rate, it is no quicker. Tried beside
-that, with 80% zeros:
+that, with 80% zeros where none are named:
 
     wgmma waited for one block later                       0 to 1 us less
     the first piece of a ring repeated behind its end by its lanes, not by a second copy: 0 to 3 us more (wgmma), so
         the fifth of L2's bytes that second copies take does not matter
     x in two stages with a barrier of the block between    2 to 6 us more with 16 and 32 columns
+    ring and steps of x begun anew with each part          5 to 7 us more at 50%, 4 to 5 in pairs; single 0 to 2
+    x by bulk copies into padded columns, and mma for every n, no wgmma: 0 us with 8 and 16 columns at 50%; with 32, and
+        4 pieces a ring, 4 us less at 50%, 1 at 80%, 3 in pairs; with 5, 6 to 16 more, as a step is one block then. Not
+        taken: 64 columns, of which mma and ldmatrix take twice as long, were not timed
+Not tried on a GPU: rows of a part's first and last section have the same address in all lanes, so ptxas has them in
+registers that all share, and waits for them where a part begins; with an address for each lane it does not.
 
 Before mma for few columns and x in steps, single elements, with 8 and 32 columns at 50% and 80% zeros:
 
