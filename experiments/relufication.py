@@ -287,7 +287,7 @@ def times(config: Config, subject: Subject, model: OPT) -> list[Row]:
 
 
 def readme(result: dict[str, Any]) -> tuple[str, dict[str, bytes]]:
-    """Every method's perplexity and density before, right after and after the training; and figures of the way."""
+    """Every method's perplexity and density before, right after and after the training, and its times; and figures."""
     source, *rows = result["rows"]
     methods: dict[str, dict[str, Row]] = {}
     for row in rows:
@@ -296,13 +296,18 @@ def readme(result: dict[str, Any]) -> tuple[str, dict[str, bytes]]:
     stages = ("replaced", "fine-tuned", "thresholds")
     cells = [[method, *(_cell(found.get(stage)) for stage in stages)] for method, found in methods.items()]
     sentence = f"{source['model']}, perplexity {_cell(source)} density. Perplexity at density:"
-    table = markdown_table(cells, ["method", *stages])
+    tables = [markdown_table(cells, ["method", *stages])]
+    timed = {(row["method"], row["variant"]): row for row in rows if "decode_ms" in row}
+    if timed:
+        pairs = [[f"{timed[key][name]:.3g}" for name in ("time_ms", "decode_ms")] for key in timed]
+        header = ["method", "path", "forward (ms)", "a token (ms)"]
+        tables.append(markdown_table([[*key, *pair] for key, pair in zip(timed, pairs, strict=True)], header))
     way = [row for row in rows if row.get("stage") == "on the way"]
     images = {
         "relufication_perplexity.png": figures.draw(lambda axes: _plot(axes, way, "perplexity")),
         "relufication_density.png": figures.draw(lambda axes: _plot(axes, way, "density")),
     }
-    return f"{sentence}\n\n{table}", images
+    return "\n\n".join([sentence, *tables]), images
 
 
 def _cell(row: Row | None) -> str:

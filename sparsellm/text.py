@@ -181,7 +181,8 @@ def read_text(path: str | Path) -> str:
 def read_corpus(path: str | Path, *, pattern: str = "*", exclude: Sequence[str] = ()) -> Corpus:
     """The documents of a text file, or of every text file in a folder and below, in the order of their paths.
 
-    A file in a folder is a document. A single file is cut into documents of 16,384 characters.
+    A file in a folder is a document. A single file is cut into documents of 16,384 characters; or, if its name ends in
+    .jsonl (.jsonl.xz, .jsonl.gz), each line is an object whose "text" is one, as C4 has them.
 
     Args:
         path: a file or a folder. Hidden files and folders inside it are passed over.
@@ -190,7 +191,7 @@ def read_corpus(path: str | Path, *, pattern: str = "*", exclude: Sequence[str] 
 
     Raises:
         FileNotFoundError: there is no such path.
-        ValueError: the file is not text, or nothing but white space was found.
+        ValueError: the file is not text, a line of .jsonl holds none, or nothing but white space was found.
     """
     path = Path(path)
     if not path.exists():
@@ -198,7 +199,10 @@ def read_corpus(path: str | Path, *, pattern: str = "*", exclude: Sequence[str] 
     documents, skipped = [], []
     if path.is_file():
         text = read_text(path)
-        documents = [text[i : i + _DOCUMENT_CHARACTERS] for i in range(0, len(text), _DOCUMENT_CHARACTERS)]
+        if ".jsonl" in path.suffixes:
+            documents = [_document(line, path, i + 1) for i, line in enumerate(text.split("\n")) if line.strip()]
+        else:
+            documents = [text[i : i + _DOCUMENT_CHARACTERS] for i in range(0, len(text), _DOCUMENT_CHARACTERS)]
     else:
         for file in _files(path, pattern, set(exclude)):
             try:
@@ -217,6 +221,17 @@ def _files(folder: Path, pattern: str, exclude: set[str]) -> list[Path]:
         return file.is_file() and exclude.isdisjoint(parts) and not any(part.startswith(".") for part in parts)
 
     return sorted(file for file in folder.rglob(pattern) if counts(file))
+
+
+def _document(line: str, path: Path, number: int) -> str:
+    """The text of a line of .jsonl."""
+    try:
+        document = json.loads(line)["text"]
+    except (ValueError, KeyError, TypeError):
+        document = None
+    if not isinstance(document, str):
+        raise ValueError(f'a line of .jsonl must be an object with a "text"; line {number} of {path} is not')
+    return document
 
 
 def split_documents(documents: Sequence[str], *, held_out: float, seed: int) -> tuple[list[str], list[str]]:

@@ -388,7 +388,7 @@ class Model(nnx.Module):
 
     def __init__(self, seed: int = 0, d_ff: int = 24):
         self.config = OPTConfig(vocab_size=64, layers=2, d_model=16, heads=2, d_ff=d_ff)
-        self.embed_tokens = nnx.Embed(64, 16, rngs=nnx.Rngs(seed))
+        self.embed_positions, self.embed_tokens = (nnx.Embed(64, 16, rngs=nnx.Rngs(key)) for key in (0, seed))
 
 
 @pytest.fixture(scope="module")
@@ -415,9 +415,13 @@ def test_predictors_come_back_as_they_were(model, predictors, tmp_path):
     save_predictors(predictors, tmp_path / "kept", model, overwrite=True)
 
 
-def test_predictors_of_another_model_are_refused(model, predictors, tmp_path):
+def test_predictors_of_another_model_are_refused(model, predictors, tmp_path, unchecked):
     save_predictors(predictors, tmp_path / "kept", model)
     wider = Model(d_ff=32)
+    small = [predictor.in_8_bits() for predictor in predictors]
+    with pytest.raises(ValueError, match="saved as LowRankPredictor .*; got EightBitPredictor"):
+        save_predictors(small, tmp_path / "small", model)  # pyright: ignore[reportArgumentType]
+    assert not (tmp_path / "small").exists()
     with pytest.raises(ValueError, match="must be of the same model; .* is of one with d_ff 24, not 32"):
         load_predictors(tmp_path / "kept", wider)
     retrained = Model(seed=1)

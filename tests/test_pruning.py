@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import subprocess
+import sys
 from typing import Any
 
 import jax
@@ -369,9 +371,31 @@ def test_a_killed_pruning_goes_on_where_it_was(tmp_path):
     assert prune(again, WANDA, **options, folder=tmp_path) == rows
     for name, w in kernels(whole).items():
         np.testing.assert_array_equal(kernels(again)[name], w)
-    options["sparsity"] = 0.6
-    with pytest.raises(ValueError, match="folder must be of the same pruning"):
-        prune(tiny_opt(), WANDA, **options, folder=tmp_path)
+    other = tiny_opt()
+    other.layers[2].fc1.kernel[...] = other.layers[2].fc1.kernel[...] * 2
+    changes: list[dict[str, Any]] = [{"sparsity": 0.6}, {"windows": windows() + 1}, {"batch": 4}]
+    for model, change in [(other, {}), *((tiny_opt(), change) for change in changes)]:
+        with pytest.raises(ValueError, match="folder must be of the same pruning"):
+            prune(model, WANDA, **options | change, folder=tmp_path)
+
+
+def test_a_method_has_one_name_in_every_process():
+    script = "from sparsellm.pruning import METHODS; print(METHODS)"
+    elsewhere = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout
+    assert elsewhere.strip() == repr(METHODS)
+    assert len(set(map(repr, METHODS.values()))) == len(METHODS)
+
+
+@pytest.mark.parametrize("method", [WANDA, SparseGPT()])
+def test_activations_that_are_not_finite_are_refused(method):
+    model = tiny_opt()
+    bias: Any = model.layers[0].fc2.bias
+    bias[...] = bias[...].at[3].set(jnp.nan)
+    before = kernels(model)
+    with pytest.raises(ValueError, match=r"inputs must be finite; those of layers\.1\..* are not"):
+        prune(model, method, sparsity=0.5, windows=windows())
+    after = kernels(model)
+    assert all((after[name] == w).all() for name, w in before.items() if not name.startswith("layers.0."))
 
 
 @pytest.mark.parametrize(
@@ -380,8 +404,11 @@ def test_a_killed_pruning_goes_on_where_it_was(tmp_path):
         ({"method": WANDA, "sparsity": 0.5}, "windows must be given"),
         ({"sparsity": 0.5, "errors": True}, "windows must be given"),
         ({}, "sparsity must be given for the pattern unstructured"),
-        ({"sparsity": 1.5}, "sparsity must be 0 to 1; got 1.5 for layers.0.fc1.kernel"),
-        ({"sparsity": float("nan")}, "sparsity must be 0 to 1; got nan"),
+        ({"sparsity": 1.0}, "sparsity must be at least 0 and less than 1; got sparsity=1.0"),
+        ({"sparsity": -0.1}, "got sparsity=-0.1"),
+        ({"sparsity": float("nan")}, "got sparsity=nan"),
+        ({"sparsity": {"layers.0.fc1.kernel": 1.5}}, "sparsity must be 0 to 1; got 1.5 for layers.0.fc1.kernel"),
+        ({"sparsity": 0.5, "windows": windows(), "batch": 0}, "got batch=0"),
         ({"sparsity": {"layers.9.fc1.kernel": 0.5}}, "layers.9.fc1.kernel are none"),
         ({"sparsity": 0.6, "pattern": NM(2, 4)}, "sparsity must be None for 2:4"),
         ({"pattern": NM(2, 5)}, "m must divide the inputs of a kernel; got 2:5 for a kernel of"),
@@ -606,7 +633,7 @@ def test_masks_change_while_training_and_nothing_compiles_again():
 @pytest.mark.parametrize(
     "options,message",
     [
-        ({"sparsity": 2.0}, "sparsity must be 0 to 1; got sparsity=2.0"),
+        ({"sparsity": 2.0}, "sparsity must be at least 0 and less than 1; got sparsity=2.0"),
         ({"end": 0}, "begin must be less than end; got begin=0, end=0"),
         ({"every": 0}, "every must be at least 1; got every=0"),
         ({"pattern": NM(2, 4)}, "pattern must not be n:m"),

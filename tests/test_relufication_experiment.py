@@ -121,6 +121,7 @@ def test_readme_shows_perplexity_at_density():
         common | {"stage": "fine-tuned", "perplexity": 30.5, "density": 0.4},
         *(common | {"stage": "on the way", "step": s, "held_out_loss": 5.0 - s, "density": 0.5 / s} for s in (1, 2)),
         {"model": "opt-125m", "method": "unchanged", "stage": "fine-tuned", "perplexity": 29.5, "density": 1.0},
+        *(common | {"variant": v, "time_ms": 12.0 - t, "decode_ms": 1.3 + t} for v, t in (("dense", 0), ("sparse", 2))),
     ]
     table, images = relufication.readme({"rows": rows})
     assert table.splitlines() == [
@@ -130,6 +131,11 @@ def test_readme_shows_perplexity_at_density():
         "|-----------|----------------:|----------------:|-----------:|",
         "| relu      | 812.35 at 49.3% |  30.50 at 40.0% |          – |",
         "| unchanged |               – | 29.50 at 100.0% |          – |",
+        "",
+        "| method | path   | forward (ms) | a token (ms) |",
+        "|--------|--------|-------------:|-------------:|",
+        "| relu   | dense  |           12 |          1.3 |",
+        "| relu   | sparse |           10 |          3.3 |",
     ]
     assert all(len(image) > 1000 for image in images.values())
 

@@ -135,6 +135,17 @@ def test_a_file_is_cut_into_documents_and_may_be_compressed(tmp_path):
         assert "".join(corpus.documents) == written
 
 
+def test_lines_of_jsonl_are_documents(tmp_path):
+    documents = ["one\u2028line", "Two\nlines"]  # what str.splitlines would take for the end of a line
+    lines = [json.dumps({"text": document, "url": "x"}, ensure_ascii=False) for document in documents]
+    (tmp_path / "c4.jsonl.xz").write_bytes(lzma.compress("\n".join([*lines, ""]).encode()))
+    assert text.read_corpus(tmp_path / "c4.jsonl.xz").documents == tuple(documents)
+    for wrong in ("{", '"text"', '{"url": "x"}', '{"text": 3}', "[1]"):
+        (tmp_path / "wrong.jsonl").write_text(f"{lines[1]}\n{wrong}\n")
+        with pytest.raises(ValueError, match=r'must be an object with a "text"; line 2 of .*wrong.jsonl is not'):
+            text.read_corpus(tmp_path / "wrong.jsonl")
+
+
 def test_wrong_corpora_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="there is no .*missing"):
         text.read_corpus(tmp_path / "missing")

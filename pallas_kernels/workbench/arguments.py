@@ -43,6 +43,13 @@ def on_shapes[T](function: Callable[..., T], case: Case, dtype: Any) -> T:
     return results[0]
 
 
+def made(case: Case, dtype: Any, seed: int = 0) -> Args:
+    """The arguments of a case, by one compiled program: operation by operation they would be ten small ones."""
+    static = on_shapes(lambda *args: split_static(args)[1], case, dtype)
+    make = jax.jit(lambda key: split_static(case.make(key, jnp.dtype(dtype)))[0])
+    return static.join(make(jax.random.key(seed)))
+
+
 def as_float32(args: Args) -> Args:
     """The same arguments with every floating-point array in float32."""
     arrays, static = split_static(args)

@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 from pallas_kernels.case import Case, relative_error, tolerance
 from pallas_kernels.tile.device import device_kind
 from pallas_kernels.tuning import describe
-from pallas_kernels.workbench.arguments import Args, as_float32, on_shapes, refusal, split_static
+from pallas_kernels.workbench.arguments import Args, as_float32, made, on_shapes, refusal, split_static
 from pallas_kernels.workbench.differentiate import compiled_value_and_gradients, value_and_gradients
 from pallas_kernels.workbench.gpus import GPUS, Gpu, lower
 from pallas_kernels.workbench.interpreter import TIMEOUT_S, run_interpreted
@@ -117,7 +117,7 @@ def path_errors(
     elsewhere = implementation == "interpret" and jax.default_backend() != "cpu"
     device = jax.default_device(jax.devices("cpu")[0]) if elsewhere else contextlib.nullcontext()
     with device, jax.default_matmul_precision("highest"):
-        args = case.make(jax.random.key(0), jnp.dtype(dtype))
+        args = made(case, dtype)
         function = functools.partial(kernel.function, implementation=implementation)
         gradient = case.gradient and implementation != "interpret"
         if implementation == "interpret":

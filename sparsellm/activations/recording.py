@@ -69,14 +69,15 @@ def _recording(block_type: type) -> type:
 
 
 def fingerprint(model: Any) -> dict[str, Any]:
-    """What tells a model from another: its sizes, and a checksum over rows of its token embedding.
+    """What tells a model from another: its sizes, and a checksum over rows of its embeddings.
 
-    The same in any dtype and on any device, and not changed by pruning, which leaves embeddings alone.
+    The same in any dtype and on any device, and not changed by pruning, which leaves embeddings alone; nor by what
+    changes kernels alone, as recovery by LoRA.
     """
     names = ("layers", "d_model", "heads", "d_ff", "layer_sizes", "activation", "gated", "thresholds")
     described = {name: getattr(model.config, name, None) for name in names}
-    embedding = next(module for _, module in nnx.iter_modules(model) if isinstance(module, nnx.Embed)).embedding
-    described["embedding"] = checksum(embedding[:64].astype(jnp.bfloat16))
+    embeddings = [module.embedding for _, module in nnx.iter_modules(model) if isinstance(module, nnx.Embed)]
+    described["embedding"] = checksum([embedding[:64].astype(jnp.bfloat16) for embedding in embeddings])
     return json.loads(json.dumps(described))  # as it is read back
 
 

@@ -29,10 +29,13 @@ def save_predictors(
     Raises:
         FileExistsError: the folder holds something already, and `overwrite` is False or it is something else.
         OSError: no space is left (`errno.ENOSPC`); what was there is unchanged.
-        ValueError: there are more or fewer than layers.
+        ValueError: there are more or fewer than layers, or they are in 8 bits, which is made of those that were loaded.
     """
     if len(predictors) != model.config.layers:
         raise ValueError(f"there must be a predictor for each of {model.config.layers} layers; got {len(predictors)}")
+    if other := {type(p).__name__ for p in predictors} - {LowRankPredictor.__name__}:
+        rule = "predictors are saved as LowRankPredictor (in_8_bits() makes small ones of those that are loaded)"
+        raise ValueError(f"{rule}; got {', '.join(sorted(other))}")
     described = {
         "model": fingerprint(model),
         "predictors": [

@@ -16,7 +16,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from sparsellm.pruning.magnitude import MAGNITUDE
-from sparsellm.pruning.method import Scored
+from sparsellm.pruning.method import Scored, check_sparsity
 from sparsellm.pruning.patterns import NM, Pattern, Unstructured
 
 
@@ -41,8 +41,7 @@ class GradualConfig:
     select: str = r"^layers\.(?!.*\brouter\b).*\.(kernel|wi|wo)$"
 
     def __post_init__(self):
-        if not 0 <= self.sparsity <= 1:
-            raise ValueError(f"sparsity must be 0 to 1; got sparsity={self.sparsity}")
+        check_sparsity(self.sparsity)
         if not 0 <= self.begin < self.end:
             raise ValueError(f"begin must be less than end; got begin={self.begin}, end={self.end}")
         if self.every < 1:

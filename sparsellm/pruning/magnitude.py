@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from sparsellm.pruning.method import Scored
+from sparsellm.pruning.method import Scored, check_sparsity
 from sparsellm.pruning.walk import walk
 
 INFINITY_BITS = 0x7F800000  # float32 of one sign are ordered as their bits are
@@ -35,7 +35,11 @@ def global_sparsities(model: nnx.Module, sparsity: float, *, select: str = "") -
     Returns:
         For each kernel by its path, the share of its weights that lie below the threshold. Those just at it (bfloat16
         has many equal ones) are shared out evenly.
+
+    Raises:
+        ValueError: the sparsity is not at least 0 and less than 1, or no kernel is selected.
     """
+    check_sparsity(sparsity)
     kernels = {name: kernel[...] for block in walk(model, select=select) for name, kernel in block.kernels.items()}
     wanted = round(sparsity * sum(kernel.size for kernel in kernels.values()))
 

@@ -40,6 +40,12 @@ class Inputs:
         return dataclasses.replace(self, squares=squares, gram=jnp.where(empty[..., None, None], eye, self.gram))
 
 
+def check_sparsity(sparsity: float) -> None:
+    """Raises ValueError for what is no share of weights to remove: with all of them gone there is no model."""
+    if not 0 <= sparsity < 1:
+        raise ValueError(f"sparsity must be at least 0 and less than 1; got sparsity={sparsity}")
+
+
 @runtime_checkable
 class Method(Protocol):
     """A pruning method: hashable, as it is static under jit."""
@@ -58,7 +64,7 @@ class Method(Protocol):
         ...
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
 class Scored:
     """A method that sets the weights of lowest score to zero, and leaves the others as they are.
 
@@ -71,6 +77,11 @@ class Scored:
     score: Callable[[Float[Array, "d_in d_out"], Any], Float[Array, "d_in d_out"]]
     needs: Needs = "nothing"
     compare: Compare = "kernel"
+
+    def __repr__(self) -> str:
+        """The same in every process, which a function's own is not: a pruning that goes on is known by it."""
+        score = f"{self.score.__module__}.{self.score.__qualname__}"
+        return f"{type(self).__name__}(score={score}, needs={self.needs!r}, compare={self.compare!r})"
 
     def check(self, pattern: Pattern) -> None:
         """Every pattern is made from scores."""

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from sparsellm.pruning import wanda
-from sparsellm.pruning.method import Inputs
+from sparsellm.pruning.method import Inputs, check_sparsity
 from sparsellm.pruning.walk import walk
 
 
@@ -37,6 +37,7 @@ def owl_sparsities(
         outlier: how many times the mean score of its block an outlier is: the paper's M.
         spread: how far a block's sparsity may lie from the mean one: at most 2 of it, the paper's lambda.
     """
+    check_sparsity(sparsity)
     names, ratios = [], []
     for block in walk(model, windows, batch=batch, select=select):
         if block.kernels:

@@ -15,6 +15,7 @@ import dataclasses
 import functools
 import json
 import os
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,8 +29,9 @@ from jaxtyping import Array, Int
 from safetensors import safe_open
 from safetensors.flax import save_file
 
+from sparsellm.activations.recording import checksum
 from sparsellm.pruning.calibrate import add, check_layout, find_kernels, sum_inputs
-from sparsellm.pruning.method import Inputs, Method, Needs, reconstruction_error
+from sparsellm.pruning.method import Inputs, Method, Needs, check_sparsity, reconstruction_error
 from sparsellm.pruning.patterns import NM, Pattern, Unstructured
 
 type Row = dict[str, Any]
@@ -54,13 +56,21 @@ class Block:
     arguments: tuple[Any, ...]
 
     def inputs(self, needs: Needs) -> dict[str, Inputs]:
-        """Sums over the inputs of each kernel, by its path in the model, over the calibration set."""
+        """Sums over the inputs of each kernel, by its path in the model, over the calibration set.
+
+        Raises:
+            ValueError: there is no calibration set, or an input is a NaN or an infinity.
+        """
         if self.stream is None:
             raise ValueError(f"windows must be given, as the inputs' {needs} are needed; got windows=None")
         names = {name.removeprefix(self.name + "."): name for name in self.kernels}
         graphdef, state = nnx.split(self.module)
         sums = (sum_inputs(graphdef, tuple(names), needs, state, (x, *self.arguments)) for x in self.stream)
-        return {names[name]: total.or_ones() for name, total in functools.reduce(add, sums).items()}
+        totals = functools.reduce(add, sums)
+        finite = jax.device_get({name: jnp.isfinite(total.squares).all() for name, total in totals.items()})
+        if broken := [names[name] for name, good in finite.items() if not good]:
+            raise ValueError(f"inputs must be finite; those of {broken[0]} are not (and of {len(broken) - 1} more)")
+        return {names[name]: total.or_ones() for name, total in totals.items()}
 
     def forward(self) -> list[Array] | None:
         """The hidden states after it, with its weights as they are now."""
@@ -95,7 +105,7 @@ def walk(
         raise ValueError(f"select must be found in the path of some kernel ({', '.join(known)}); got select={select!r}")
     stream, arguments = None, ()
     if windows is not None:
-        if not len(windows) or len(windows) % batch:
+        if not len(windows) or batch < 1 or len(windows) % batch:
             raise ValueError(f"batch must divide the number of windows; got batch={batch}, {len(windows)} windows")
         graphdef, state = nnx.split(model)
         calls = (_first_call(graphdef, state, jnp.asarray(part)) for part in np.split(windows, len(windows) // batch))
@@ -123,7 +133,7 @@ def prune(
     """Prunes a model in place, block by block. What is pruned is zero: the weights are their own mask.
 
     Example:
-        prune(model, SPARSEGPT, pattern=NM(2, 4), windows=windows)
+        prune(model, SparseGPT(), pattern=NM(2, 4), windows=windows)
         prune(model, WANDA, sparsity=owl_sparsities(model, windows, 0.7), windows=windows)
         prune(model, MAGNITUDE, sparsity=global_sparsities(model, 0.5))
 
@@ -132,14 +142,15 @@ def prune(
             and returning them, or a tuple that starts with them.
         method: how.
         pattern: where zeros may lie.
-        sparsity: share of zeros in each kernel, or of zero blocks; by the kernels' paths if they differ (a kernel that
-            is not there is left alone). None for n:m, which says so itself.
+        sparsity: share of zeros in each kernel, or of zero blocks, less than 1; by the kernels' paths if they differ (a
+            kernel that is not there is left alone, one may lose all). None for n:m, which says so itself.
         windows: calibration tokens, whole windows without padding; None for a method that needs no inputs.
         batch: windows at once, a divisor of their number.
         select: a regular expression that is found in the paths of the kernels to prune, as in r"fc[12]"; "" for all
             linear layers and experts of the blocks. Embeddings, heads and routers are never pruned.
         errors: whether to report the error of each kernel's output on the calibration set, which needs X^T X of it.
-        folder: where to leave each block once it is pruned, so that the same call goes on after a kill; None: nowhere.
+        folder: where to leave each block once it is pruned, so that the same call, for the same model as it was before,
+            goes on after a kill; None: nowhere.
         report: called with the row of every kernel.
 
     Returns:
@@ -147,11 +158,15 @@ def prune(
         over experts.
 
     Raises:
-        ValueError: arguments do not fit together; raised before anything is pruned.
+        ValueError: arguments do not fit together; raised before anything is pruned. Or a kernel's inputs are not
+            finite; the blocks before it are pruned then.
     """
     sparsities = _sparsities(model, method, pattern, sparsity, windows, errors, select)
     needs: Needs = "gram" if errors else method.needs
-    run = {"method": repr(method), "pattern": str(pattern), "sparsities": sparsities, "errors": errors}
+    run: Row = {"method": repr(method), "pattern": str(pattern), "sparsities": sparsities, "errors": errors}
+    if folder is not None:
+        tokens = None if windows is None else [*windows.shape, zlib.crc32(np.ascontiguousarray(windows))]
+        run |= {"model": checksum(nnx.state(model, nnx.Param)), "windows": tokens, "batch": batch}
     rows = []
     for block in walk(model, windows, batch=batch, select=select):
         path = None if folder is None else Path(folder) / f"{block.name}.safetensors"
@@ -243,6 +258,7 @@ def _sparsities(model, method, pattern, sparsity, windows, errors, select) -> di
     if sparsity is None:
         raise ValueError(f"sparsity must be given for the pattern {pattern}; got None")
     if not isinstance(sparsity, Mapping):
+        check_sparsity(sparsity)
         sparsity = dict.fromkeys(kernels, sparsity)
     if unknown := sparsity.keys() - kernels.keys():
         raise ValueError(f"sparsity must name selected kernels; {', '.join(sorted(unknown))} are none")
