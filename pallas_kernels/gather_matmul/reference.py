@@ -1,5 +1,6 @@
 """The reference of `gather_matmul` and its xla path, in plain jnp."""
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -96,6 +97,7 @@ def _xla_masked(a_t: Float[Array, "K M"], b: Float[Array, "K N"], index: MicroTi
     return out.transpose(1, 0, 2).reshape(m, -1)[:, : b.shape[1]].astype(a_t.dtype)
 
 
+@jax.jit
 def xla(a_t: Float[Array, "K M"], b: Float[Array, "K N"], index: MicroTileIndex) -> Float[Array, "M N"]:
     """The xla path: the loop on a CPU, the masked product elsewhere."""
     # On a GPU each step of a loop whose length lives on the device costs a host round trip, more than it saves.

@@ -134,6 +134,7 @@ def _xla(
     return each_tile(routing, multiply, jnp.zeros_like(x, shape=(routing.slots, columns)), static=static)
 
 
+@functools.partial(jax.jit, static_argnames=("gather", "scatter", "activation", "gated", "transposed"))
 def xla(x, w, routing, bias, scale, **options) -> Float[Array, "slots N_out"]:
     """The xla path: a loop over tiles, which has no work for experts without slots."""
     # On a GPU each step of a loop whose length lives on the device costs a host round trip, more than it saves.

@@ -62,6 +62,7 @@ def _xla(
     return each_tile(routing, add_outer, zeros, static=static).astype(x.dtype)
 
 
+@functools.partial(jax.jit, static_argnames=("gather_x", "gather_y"))
 def xla(x, y, routing: Routing, *, gather_x: bool, gather_y: bool) -> Float[Array, "experts K N"]:
     """The xla path: a loop over tiles, which has no work for experts without slots."""
     # On a GPU each step of a loop whose length lives on the device costs a host round trip, more than it saves.

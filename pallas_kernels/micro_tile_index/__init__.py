@@ -73,6 +73,7 @@ class MicroTileIndex:
         return jnp.zeros((lists, length), bool).at[jnp.arange(lists)[:, None], target].set(True, mode="drop")
 
 
+@functools.partial(jax.jit, static_argnames=("rows", "cols"))
 def micro_tile_mask(a_t: Shaped[Array, "K M"], rows: int, cols: int = 1) -> Bool[Array, "blocks micro_tiles"]:
     """True where any value of a micro-tile is non-zero (NaN counts as non-zero)."""
     k, m = a_t.shape
@@ -204,6 +205,7 @@ def _varying_as(mask: Shaped[Array, "lists padded"], *outputs: Int32[Array, "...
     return tuple(output * one for output in outputs)  # which XLA drops
 
 
+@jax.jit
 def _xla(mask: Bool[Array, "lists length"]) -> tuple[Int32[Array, "lists length"], Int32[Array, " lists"]]:
     """A prefix sum and a scatter."""
     lists, length = mask.shape

@@ -75,6 +75,7 @@ def _at_once(x, w1, b1, w2, neurons, count, *, activation: str) -> Float32[Array
     return _add_listed(x, w1, b1, w2, neurons, listed, activation)
 
 
+@functools.partial(jax.jit, static_argnames="activation")
 def xla(x, w1, b1, w2, neurons, count, activation: str) -> Float32[Array, "batch d_model"]:
     """The xla path: only listed rows, as many as there are; on a GPU as many as the list has room for.
 

@@ -1,5 +1,6 @@
 """The reference of `sampled_matmul` and its xla path, in plain jnp."""
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
@@ -41,6 +42,7 @@ def _xla_masked(a: Float[Array, "L N"], b: Float[Array, "W N"], index: MicroTile
     return jnp.where(listed_mask(index, *out.shape), out, 0)
 
 
+@jax.jit
 def xla(a: Float[Array, "L N"], b: Float[Array, "W N"], index: MicroTileIndex) -> Float[Array, "L W"]:
     """The xla path: the loop on a CPU, the masked product elsewhere."""
     # On a GPU each step of a loop whose length lives on the device costs a host round trip, more than it saves.

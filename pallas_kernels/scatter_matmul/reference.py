@@ -1,5 +1,6 @@
 """The reference of `scatter_matmul` and its xla path, in plain jnp."""
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
@@ -45,6 +46,7 @@ def _xla_masked(a: Float[Array, "M K"], b: Float[Array, "K N"], index: MicroTile
     return jnp.dot(a, b, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32).astype(a.dtype)
 
 
+@jax.jit
 def xla(a: Float[Array, "M K"], b: Float[Array, "K N"], index: MicroTileIndex) -> Float[Array, "M N"]:
     """The xla path: the loop on a CPU, the masked product elsewhere."""
     # On a GPU each step of a loop whose length lives on the device costs a host round trip, more than it saves.
