@@ -4,7 +4,8 @@ Switch Transformers (base) and Swin-MoE (base) of the published sizes, with rand
 one forward pass, wall-clock, from token ids or images on the device to logits: for Switch the encoder over 128 tokens
 and the decoder over 128 (teacher-forced), as in PIT's tables; for Swin-MoE images of 192 x 192. Memory is what XLA says
 its program takes at once (weights, inputs, outputs, temporaries), and the most that torch had allocated. The same
-weights run in our kernels and in plain XLA, and their logits are compared; transformers makes its own.
+weights run in our kernels and in plain XLA, and their logits are compared; torch makes its own. In torch, Switch is
+transformers' model and Swin-MoE, which transformers has not, our own of `swin_peer`, which has not run on a GPU yet.
 
     python -m experiments moe_inference --keep        on a GPU; goes on where it was interrupted
 
@@ -28,7 +29,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array
 
-from experiments import moe, moe_peers, options, programs
+from experiments import moe, moe_peers, options, programs, swin_peer
 from experiments.runs import Row, Run, markdown_table
 from models.swin_moe import SwinMoE, SwinMoEConfig
 from models.switch_checkpoint import ARCHITECTURE
@@ -38,7 +39,7 @@ from pallas_kernels.workbench.timing import Timer
 from sparsellm.mixture_of_experts import MixtureOfExperts
 
 BASELINES = tuple(variant for variant in moe.VARIANTS if variant != "sparse")
-PEERS = {"xla": "XLA", "one_hot": "XLA, one-hot", "transformers": "transformers, torch"}
+PEERS = {"xla": "XLA", "one_hot": "XLA, one-hot", "transformers": "transformers, torch", "torch": "torch"}
 SURE = 4.0  # what the initial routers' logits are multiplied by
 TOLERANCES = {"bfloat16": 5e-2, "float16": 2e-2, "float32": 1e-3}  # rounding adds up over a network
 
@@ -99,7 +100,8 @@ def measure(config: Config, run: Run, timer: Timer = programs.wall_clock) -> lis
         compute = functools.partial(measure_model, config, model, dtype, timer)
         for row in run.remembered(f"rows_{model}_{dtype}", compute):
             prefix, theirs = f"{row['batch']}_", of_peers[model, dtype].items()
-            row |= {f"transformers_{k.removeprefix(prefix)}": v for k, v in theirs if k.startswith(prefix)}
+            peer = "transformers" if model.startswith("switch-") else "torch"
+            row |= {f"{peer}_{k.removeprefix(prefix)}": v for k, v in theirs if k.startswith(prefix)}
             rows.append(row)
             times = ", ".join(f"{name} {value}" for name, value in row.items() if name.endswith(("_ms", "_gib")))
             print(f"{_label(row)}: {times}", flush=True)
@@ -131,11 +133,12 @@ def model_config(model: str, dtype: str) -> SwitchConfig | SwinMoEConfig:
 
 
 def measure_peers(config: Config, model: str, dtype: str) -> Row:
-    """Times and memory of transformers' model, a process for each so that memory is its own; empty for Swin-MoE."""
-    sizes = model_config(model, dtype)
-    if config.no_peers or not isinstance(sizes, SwitchConfig):
+    """Times and memory of transformers' Switch or torch's Swin-MoE, a process for each so that memory is its own."""
+    if config.no_peers:
         return {}
-    batches = sorted(config.batches)
+    sizes, batches = model_config(model, dtype), sorted(config.batches)
+    if isinstance(sizes, SwinMoEConfig):
+        return swin_peer.measure_model(swin_peer.describe(sizes, batches, router_std=SURE, repeats=config.repeats))
     fields = ARCHITECTURE.write_config(sizes)
     job = moe_peers.Model(config=fields, dtype=dtype, batches=batches, length=config.length, repeats=config.repeats)
     return moe_peers.measure_model(job)
@@ -238,7 +241,7 @@ def _label(row: Row) -> str:
 def _plot(axes, rows: list[Row], peers: dict[str, str]) -> None:
     from experiments import figures
 
-    colours = dict(zip(PEERS, (figures.GREEN, figures.PINK, figures.ORANGE), strict=True))
+    colours = dict(zip(PEERS, (figures.GREEN, figures.PINK, figures.ORANGE, figures.INK), strict=True))
     for name, colour in [(name, colours[name]) for name in peers] + [("", figures.BLUE)]:
         column = f"{name}_time_ms".lstrip("_")
         own = [(row[column], place) for place, row in enumerate(rows) if row.get(column)]

@@ -1,7 +1,7 @@
 """What torch takes for the same: a layer of experts by its grouped product, and transformers' Switch Transformers.
 
 A process of its own, as `experiments.peers` says. A layer's time is that of its kernels by CUPTI, as JAX's are counted
-here; a model's is wall-clock time, as a user sees it.
+here; a model's is wall-clock time, as a user sees it. Swin-MoE, which transformers does not have, is `swin_peer`'s.
 """
 
 import dataclasses

@@ -2,10 +2,10 @@
 
 They run where torch with CUDA is installed. It is no dependency, and two profilers of one GPU do not share a process:
 so peers have one of their own, here `python -m experiments.peers`, which reads jobs from stdin and writes a row a line:
-`ask` and `answer` are the two ends, for what `moe_peers` and `opt_peers` measure too. Times are CUDA events around
-calls that the GPU finds queued (it sleeps while the host enqueues them), so that launching from Python does not count;
-what waits for the host in its middle, as making a sparse format does for the count of non-zeros, is timed with that
-wait.
+`ask` and `answer` are the two ends, for what `moe_peers`, `swin_peer` and `opt_peers` measure too. Times are CUDA
+events around calls that the GPU finds queued (it sleeps while the host enqueues them), so that launching from Python
+does not count; what waits for the host in its middle, as making a sparse format does for the count of non-zeros, is
+timed with that wait.
 """
 
 import ctypes

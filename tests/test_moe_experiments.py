@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from experiments import moe, moe_inference, moe_layer, moe_peers, moe_training, programs
+from experiments import moe, moe_inference, moe_layer, moe_peers, moe_training, programs, swin_peer
 from experiments.__main__ import main
 from experiments.runs import Run
 from sparsellm.mixture_of_experts import LinearRouter, MixtureOfExperts, RouterOutput, RouterRule
@@ -360,7 +360,7 @@ def test_moe_inference_refuses_what_it_does_not_know(changes, message, tmp_path)
         moe_inference.measure(config, run)
 
 
-def test_moe_inference_puts_transformers_next_to_ours(tmp_path, monkeypatch):
+def test_moe_inference_puts_torchs_models_next_to_ours(tmp_path, monkeypatch):
     asked = []
 
     def measure_model(job):
@@ -368,6 +368,7 @@ def test_moe_inference_puts_transformers_next_to_ours(tmp_path, monkeypatch):
         return {"2_time_ms": 5.0, "2_memory_gib": 1.5, "32_time_ms": 9.0}
 
     monkeypatch.setattr(moe_peers, "measure_model", measure_model)
+    monkeypatch.setattr(swin_peer, "measure_model", measure_model)
     monkeypatch.setattr(moe_inference, "measure_model", lambda config, model, dtype, timer: [
         {"model": model, "experts": 4, "batch": 2, "dtype": dtype, "time_ms": 1.0, "memory_gib": 1.0,
          "xla_time_ms": 2.0, "xla_memory_gib": 0.25, "error": 1e-3}
@@ -375,15 +376,18 @@ def test_moe_inference_puts_transformers_next_to_ours(tmp_path, monkeypatch):
     config = dataclasses.replace(moe_inference.Config.smoke(), models=("switch-tiny", "swin-tiny"), no_peers=False)
     with start(tmp_path, "moe_inference", config) as run:
         switch, swin = moe_inference.measure(config, run)
-    (job,) = asked
+    job, of_swin = asked
+    assert (of_swin.config["experts"], of_swin.config["dtype"], of_swin.batches) == (4, "float32", [2])
+    assert (of_swin.router_std, of_swin.repeats) == (moe_inference.SURE, 2)
     assert job.config["num_experts"] == 4 and job.config["num_sparse_encoder_layers"] == 1 and job.batches == [2]
     assert (switch["transformers_time_ms"], switch["transformers_memory_gib"]) == (5.0, 1.5)
-    assert "transformers_time_ms" not in swin
+    assert (swin["torch_time_ms"], swin["torch_memory_gib"]) == (5.0, 1.5)
+    assert "torch_time_ms" not in switch and "transformers_time_ms" not in swin
     text, figures = moe_inference.readme({"rows": [switch, swin]})
-    assert text.splitlines()[2].split()[1::2] == [
-        "switch-tiny", "2", "float32", "1.0", "2.0", "5.0", "1.00", "0.25", "1.50", "1e-03"
-    ]  # fmt: skip
-    assert text.splitlines()[3].count("–") == 2
+    assert [line.split()[1::2] for line in text.splitlines()[2:]] == [
+        ["switch-tiny", "2", "float32", "1.0", "2.0", "5.0", "–", "1.00", "0.25", "1.50", "–", "1e-03"],
+        ["swin-tiny", "2", "float32", "1.0", "2.0", "–", "5.0", "1.00", "0.25", "–", "1.50", "1e-03"],
+    ]
     assert figures["moe_inference.png"].startswith(b"\x89PNG")
 
 
