@@ -197,10 +197,15 @@ def _logits(
     return nnx.merge(graphdef, params)(tokens)
 
 
-def compare(model: OPT, data: Data, tokens: Int[Array, "batch length"], sparse_rows: int, config: Config) -> list[Row]:
-    """The same weights dense and sparse: logits, greedy text, and the time of each, measured in turns: two rows."""
+def compare(
+    model: OPT, data: Data, tokens: Int[Array, "batch length"], sparse_rows: int | None, config: Config
+) -> list[Row]:
+    """The same weights dense and sparse: logits, greedy text, and the time of each, measured in turns: two rows.
+
+    Dense alone, a row, where `sparse_rows` is None.
+    """
     params = nnx.state(model, nnx.Param)
-    models = {"dense": model, "sparse": with_sparse_rows(model, sparse_rows)}
+    models = {"dense": model} | ({} if sparse_rows is None else {"sparse": with_sparse_rows(model, sparse_rows)})
     prompt = _prompt(data, config)
     forwards, decodes = {}, {}
     for name, variant in models.items():
@@ -208,13 +213,15 @@ def compare(model: OPT, data: Data, tokens: Int[Array, "batch length"], sparse_r
         decodes[name] = functools.partial(generate, variant, [prompt], max_new_tokens=config.new_tokens)
     logits, forward_ms = _timed_in_turns(forwards, repeats=10)
     greedy, decode_ms = _timed_in_turns(decodes, repeats=3)
-    difference = logits["sparse"] - logits["dense"]
-    error = jnp.linalg.norm(difference) / jnp.linalg.norm(logits["dense"])
-    same = [a == b for a, b in zip(greedy["dense"][0], greedy["sparse"][0], strict=False)]
     rows = []
     for name in models:
         row: Row = {"variant": name, "batch": tokens.shape[0], "tokens": tokens.size, "time_ms": forward_ms[name]}
         rows.append(row | {"decode_ms": decode_ms[name] / max(len(greedy[name][0]), 1)})
+    if sparse_rows is None:
+        return rows
+    difference = logits["sparse"] - logits["dense"]
+    error = jnp.linalg.norm(difference) / jnp.linalg.norm(logits["dense"])
+    same = [a == b for a, b in zip(greedy["dense"][0], greedy["sparse"][0], strict=False)]
     rows[1] |= {
         "granularity": str(MicroTile(sparse_rows, 1)),
         "error": float(error),

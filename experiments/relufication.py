@@ -9,11 +9,12 @@ steps that the model has had, with or without an L1 term on the activations that
 much as the perplexity of calibration text may rise for. Killed at any point, the same command goes on and ends the
 same.
 
-Rows: perplexity and density of every method at every stage (source, replaced, fine-tuned, thresholds), of every layer,
-and along the way; and the time of the dense and the sparse path of what came out. Expected: right after replacing the
+Rows: perplexity, density and the time of the dense and the sparse path of every method at every stage (source,
+replaced, fine-tuned, thresholds); density of every layer, and along the way. Expected: right after replacing the
 perplexity is far off, and most of it comes back within the first steps; a ReLU alone is zero more often than not, L1
-makes it sparser the longer it trains, thresholds take what is left close to zero. METHOD/model in the run's folder is
-the model that came out, with its tokenizer: a `--source` for other experiments, with a `--corpus`.
+makes it sparser the longer it trains, thresholds take what is left close to zero. Seen on an H200 with OPT-125M: 144.4
+with its GELU, 143.5 trained on with it, 144.7 with a ReLU, of whose activations 8.4% are not zero. METHOD/model in the
+run's folder is the model that came out, with its tokenizer: a `--source` for other experiments, with a `--corpus`.
 """
 
 import dataclasses
@@ -140,9 +141,9 @@ def run(config: Config, run: Run) -> list[Row]:
     _check(config)
     subject = prepare(config, run)
     with language_models.compiled_in(run.folder / "compiled"):
-        source, *layers = measure(subject, subject.model)
+        source, *others = measure(config, subject, subject.model)
         print(f"{subject.name}: perplexity {source['perplexity']:.2f}", flush=True)
-        rows = [{"model": subject.name, "stage": "source", **row} for row in (source, *layers)]
+        rows = [{"model": subject.name, "stage": "source", **row} for row in (source, *others)]
         for method in config.methods:
             folder = run.folder / method.replace(" + ", "_").replace(" ", "_")
             if not (folder / "rows.json").exists():
@@ -198,17 +199,15 @@ def relufied(config: Config, subject: Subject, method: str, folder: Path) -> lis
     graphdef, state = nnx.split(subject.model)
     model = nnx.merge(graphdef, jax.tree.map(jnp.copy, state))  # training gives its buffers away
     model = model if name == UNCHANGED else relufy(model, **METHODS[name])
-    rows = [{"stage": "replaced", **row} for row in measure(subject, model)]
+    rows = [{"stage": "replaced", **row} for row in measure(config, subject, model)]
     metrics = train_on(config, subject, model, config.l1 if method.endswith(L1) else 0.0, folder)
-    rows += [{"stage": "fine-tuned", **row} for row in measure(subject, model)]
+    rows += [{"stage": "fine-tuned", **row} for row in measure(config, subject, model)]
     shown = ("step", "loss", "held_out_loss", "density", "l1", "l1_weight")
     points = metrics[:: -(-len(metrics) // POINTS)]
     rows += [{"stage": "on the way", **{name: row[name] for name in shown}} for row in points]
     if model.config.activation == "relu" and config.increase:
         model = with_thresholds(config, subject, model)
-        rows += [{"stage": "thresholds", **row} for row in measure(subject, model)]
-    if model.config.activation not in ("gelu", "silu"):
-        rows += times(config, subject, model)
+        rows += [{"stage": "thresholds", **row} for row in measure(config, subject, model)]
     save_opt(model, folder / "model", overwrite=True)
     subject.data.tokenizer.save(folder / "model")
     return [{"method": method, **row} for row in rows]
@@ -222,8 +221,8 @@ def with_thresholds(config: Config, subject: Subject, model: OPT) -> OPT:
     return relufy(model, thresholds=thresholds_for_perplexity(model, gates, calibration, config.increase, batch=1))
 
 
-def measure(subject: Subject, model: OPT) -> list[Row]:
-    """Perplexity, and the share of activations that are not zero: a row, and one a layer."""
+def measure(config: Config, subject: Subject, model: OPT) -> list[Row]:
+    """Perplexity, and the share of activations that are not zero: a row, and one a layer; and times, a row a path."""
     batch = subject.training.batch // subject.training.accumulate
     quality = evaluation.perplexity(model, subject.test, batch=batch)
     tokens = jnp.asarray(subject.data.held_out[:batch, :-1])
@@ -233,7 +232,8 @@ def measure(subject: Subject, model: OPT) -> list[Row]:
         row["norm_density"] = float(np.mean(norms))
     if model.config.thresholds:
         row["threshold"] = float(np.mean(model.config.thresholds))
-    return [row, *({"layer": i, "density": float(density)} for i, density in enumerate(layers))]
+    by_layer = [{"layer": i, "density": float(density)} for i, density in enumerate(layers)]
+    return [row, *by_layer, *times(config, subject, model)]
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -280,10 +280,11 @@ def watched(
 
 
 def times(config: Config, subject: Subject, model: OPT) -> list[Row]:
-    """The same weights, dense and on the sparse path: forward and decoding, in turns."""
+    """The same weights, dense and, where zeros can be skipped, on the sparse path: forward and decoding, in turns."""
     tokens = jnp.asarray(subject.data.held_out[: subject.training.batch // subject.training.accumulate, :-1])
     asked = quickstart.Config(prompt_tokens=config.prompt_tokens, new_tokens=config.new_tokens)
-    return quickstart.compare(model, subject.data, tokens, config.sparse_rows, asked)
+    sparse_rows = None if model.config.activation in ("gelu", "silu") else config.sparse_rows
+    return quickstart.compare(model, subject.data, tokens, sparse_rows, asked)
 
 
 def readme(result: dict[str, Any]) -> tuple[str, dict[str, bytes]]:
@@ -297,11 +298,14 @@ def readme(result: dict[str, Any]) -> tuple[str, dict[str, bytes]]:
     cells = [[method, *(_cell(found.get(stage)) for stage in stages)] for method, found in methods.items()]
     sentence = f"{source['model']}, perplexity {_cell(source)} density. Perplexity at density:"
     tables = [markdown_table(cells, ["method", *stages])]
-    timed = {(row["method"], row["variant"]): row for row in rows if "decode_ms" in row}
+    timed = [
+        [row.get("method", "source"), row.get("stage", "at the end"), row["variant"]]
+        + [f"{row[name]:.3g}" for name in ("time_ms", "decode_ms")]
+        for row in rows
+        if "decode_ms" in row
+    ]
     if timed:
-        pairs = [[f"{timed[key][name]:.3g}" for name in ("time_ms", "decode_ms")] for key in timed]
-        header = ["method", "path", "forward (ms)", "a token (ms)"]
-        tables.append(markdown_table([[*key, *pair] for key, pair in zip(timed, pairs, strict=True)], header))
+        tables.append(markdown_table(timed, ["method", "stage", "path", "forward (ms)", "a token (ms)"]))
     way = [row for row in rows if row.get("stage") == "on the way"]
     images = {
         "relufication_perplexity.png": figures.draw(lambda axes: _plot(axes, way, "perplexity")),

@@ -9,8 +9,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from models import OPT, OPTConfig
+from models.opt import with_predictors, with_sparse_rows
 from sparsellm import evaluation, text
 from sparsellm.evaluation import Quality
+from sparsellm.predictors import LowRankPredictor
+from sparsellm.pruning import MAGNITUDE, prune
+from sparsellm.unstructured import compress
 
 VOCAB = 300
 
@@ -319,3 +324,25 @@ def test_the_adapter_generates_up_to_a_stop(adapter, table, tokenizer, monkeypat
     assert called == [(2, 4, 0.0), (1, 4, 0.0), (1, 4, 0.7)]
     with pytest.raises(ValueError, match="max_gen_toks must be less than max_length=8; got 256"):
         harness.generate_until(requests(("it", {})))
+
+
+def test_one_function_evaluates_every_kind_of_model():
+    """Masked, compressed, with micro-tiles skipped and with predicted neurons: the same weights, as much perplexity."""
+    rngs = nnx.Rngs(0)
+    config = OPTConfig(vocab_size=VOCAB, layers=1, d_model=32, heads=2, d_ff=64, max_length=24, init_std=0.2)
+    model = OPT(config, rngs=rngs)
+    windows = np.random.default_rng(0).integers(4, VOCAB, (4, 21)).astype(np.int32)
+    unpruned = evaluation.perplexity(model, windows, batch=2)
+    prune(model, MAGNITUDE, sparsity=0.6)
+    dense = evaluation.perplexity(model, windows, batch=2)
+    assert abs(dense.perplexity / unpruned.perplexity - 1) > 1e-2  # pruning shows
+    every, none = ([LowRankPredictor(32, 4, 64, threshold=t, rngs=rngs)] for t in (-math.inf, math.inf))
+    predicted = {name: with_predictors(model, p, "mask_everywhere") for name, p in (("every", every), ("none", none))}
+    compressed = nnx.clone(model)
+    compress(compressed)
+    kinds = {"micro-tiles": with_sparse_rows(model, 8), "predicted": predicted["every"], "compressed": compressed}
+    for name, kind in kinds.items():
+        found = evaluation.perplexity(kind, windows, batch=2)
+        assert found.perplexity == pytest.approx(dense.perplexity, rel=1e-5), name
+    wrong = evaluation.perplexity(predicted["none"], windows, batch=2)
+    assert abs(wrong.perplexity / dense.perplexity - 1) > 1e-2
