@@ -1,11 +1,13 @@
-"""Decoding over predicted neurons, as the experiment `predictors` measures it: its time, and whether it is right."""
+"""Decoding over predicted neurons and heads, for `predictors`: its time, its quality, and whether it is right."""
 
 import functools
+import math
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, Int32
@@ -74,6 +76,31 @@ def agreement(
     written = np.take_along_axis(logits, text.T[:, :, None], axis=2)[..., 0]
     behind = (logits.max(axis=2) - written) / np.abs(logits).max()
     return int(np.sum(behind == 0)), float(behind.max())
+
+
+def decoded_perplexity(model: OPT, windows: Int32[np.ndarray, "windows length_plus_1"], batch: int) -> float:
+    """Of windows that are read a token at a time behind a cache: as heads are left out there alone.
+
+    Args:
+        model: the model.
+        windows: of text.
+        batch: windows at once, a divisor of their number.
+    """
+    split = nnx.split(model)
+    losses = [float(_loss(*split, jnp.asarray(part))) for part in np.split(windows, len(windows) // batch)]
+    return math.exp(math.fsum(losses) / len(losses))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _loss(graphdef: nnx.GraphDef, state: nnx.State, windows: Int32[Array, "batch length_plus_1"]) -> Float[Array, ""]:
+    model, tokens = nnx.merge(graphdef, state), windows.T
+
+    def step(cache, pair):
+        logits, cache = model(pair[0][:, None], cache=cache)
+        return cache, optax.softmax_cross_entropy_with_integer_labels(logits[:, 0].astype(jnp.float32), pair[1])
+
+    cache = model.init_cache(len(windows), len(tokens) - 1)
+    return lax.scan(step, cache, (tokens[:-1], tokens[1:]))[1].mean()
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))

@@ -76,7 +76,7 @@ def _plot_recall(axes, rows: list[Row]) -> None:
 
 def _plot_perplexity(axes, rows: list[Row], dense: Row) -> None:
     for method, points in _points(rows, "density", "perplexity").items():
-        if method != "teal":  # whose density is of inputs
+        if method not in ("teal", "heads"):  # whose density is of inputs, and of heads
             axes.plot(*zip(*points, strict=True), "o-", color=_colour(method), markersize=4, label=method)
     axes.axhline(dense["perplexity"], color=figures.INK, linestyle=":", label="dense")
     axes.set(title="What predicting costs", xlabel="density (neurons predicted)", ylabel="perplexity", yscale="log")

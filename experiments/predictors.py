@@ -23,6 +23,7 @@ more perplexity, and at 1.5 times the true density 4% and 22%.
 
 import dataclasses
 import functools
+import math
 import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,7 +36,7 @@ from jaxtyping import Int32
 
 from experiments import options, pruning
 from experiments.language_models import progress
-from experiments.predicted_decoding import measure_decoding
+from experiments.predicted_decoding import decoded_perplexity, measure_decoding
 from experiments.predictor_figures import line, readme
 from experiments.runs import Row, Run
 from models import OPT, OPTConfig
@@ -62,6 +63,7 @@ from sparsellm.predictors import (
 )
 
 METHODS = ("trained", "8-bit", "ahead", "svd", "trained svd", "cats", "heads", "teal")
+MOST_AT_ONCE = 16  # windows that decode together
 HOT = 0.1  # of the neurons, those that fire most
 
 
@@ -148,6 +150,11 @@ class Subject:
     def quality(self, predictors: Sequence[Predictor], windows: Int32[np.ndarray, "windows length_plus_1"]) -> float:
         """Perplexity where every token has only the neurons that are predicted for it."""
         return perplexity(with_predictors(self.model, predictors, "mask_everywhere"), windows).perplexity
+
+    def quality_of_heads(self, predictors: Sequence[Predictor], windows: Int32[np.ndarray, "windows length_plus_1"]):
+        """Perplexity where every token has only the heads that are predicted for it."""
+        listed = with_predictors(self.model, None, head_predictors=predictors)
+        return decoded_perplexity(listed, windows, math.gcd(len(windows), MOST_AT_ONCE))
 
 
 def run(config: Config, run: Run) -> list[Row]:
@@ -298,9 +305,8 @@ def compare(config: Config, subject: Subject, method: str, run: Run) -> list[Row
                 calibrate(predictors, choose, recall=value, target=target)
             layers = measure_predictors(predictors, test, target=target)
             row: Row = {"method": method, wish: value, **mean(layers), "predictor_share": cost(subject, predictors)}
-            if method != "heads":
-                row |= {"perplexity": subject.quality(predictors, subject.test)}
-                row |= {"dense_perplexity": subject.dense_perplexity}
+            quality = subject.quality_of_heads if method == "heads" else subject.quality
+            row |= {"perplexity": quality(predictors, subject.test), "dense_perplexity": subject.dense_perplexity}
             rows.append(row | described(predictors))
             print(line(rows[-1]), flush=True)
     return rows

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 from safetensors import safe_open
 
-from models import OPT, OPTConfig
+from models import OPT, Mixtral, MixtralConfig, OPTConfig
 from sparsellm.activations import KINDS, Activations, collect, collection, fingerprint, measure
 
 CONFIG = OPTConfig(vocab_size=61, layers=2, d_model=16, heads=2, d_ff=24, max_length=32, init_std=0.3)
@@ -68,6 +68,29 @@ def forward(model: OPT, windows: np.ndarray) -> list[dict[str, np.ndarray]]:
         rows = {"hidden": hidden, "ffn_inputs": inputs, "activation": activation, "head_norms": norms}
         seen.append({name: value.reshape(count * length, -1) for name, value in rows.items()})
     return seen
+
+
+def test_experts_see_the_tokens_that_came_to_them(tmp_path):
+    """Of a Mixtral: every expert's neurons, those of a token's own experts from what entered the mixture."""
+    config = MixtralConfig(
+        vocab_size=61, layers=2, d_model=16, heads=4, kv_heads=2, d_ff=24, experts=3, top_k=2, init_std=0.3
+    )
+    model = Mixtral(config, rngs=nnx.Rngs(0))
+    windows = np.random.default_rng(0).integers(0, 61, (4, 6))
+    found = collect(model, windows, tmp_path / "mixtral", batch=2)
+    assert (found.neurons, found.heads, found.tokens) == ((72, 72), (4, 4), 24)
+    embedded = np.asarray(model.embed_tokens.embedding[...])[windows].reshape(24, 16)
+    np.testing.assert_allclose(found.read("hidden", 0), embedded, rtol=1e-6)
+    for i, layer in enumerate(model.layers):
+        mixture, x = layer.block_sparse_moe, np.asarray(found.read("ffn_inputs", i), np.float64)
+        chosen = np.argsort(-(x @ np.asarray(mixture.router.kernel[...], np.float64)), axis=1)[:, :2]
+        fires = np.zeros((24, 3, 24), bool)
+        for token, experts in enumerate(chosen):
+            for expert in experts:
+                gate, up = np.split(x[token] @ np.asarray(mixture.wi[...], np.float64)[expert], 2)
+                fires[token, expert] = gate / (1 + np.exp(-gate)) * up != 0
+        np.testing.assert_array_equal(found.fires(i), fires.reshape(24, 72))
+    assert measure(model, windows, spans=[1, 6], batch=2).union[1] == pytest.approx([2 / 3] * 2)
 
 
 def test_what_is_read_back_is_what_the_blocks_see(whole, expected):
@@ -209,7 +232,7 @@ def test_a_model_of_other_blocks_is_refused(windows):
         def __init__(self):
             self.layers = nnx.List([nnx.Linear(2, 2, rngs=nnx.Rngs(0))])
 
-    with pytest.raises(ValueError, match="blocks must have feed_forward and self_attn.out_proj, as OPT's; got Linear"):
+    with pytest.raises(ValueError, match="blocks must have self_attn .*, as OPT's and Mixtral's; got Linear"):
         measure(Other(), windows, spans=(1,), batch=2)
 
 

@@ -62,3 +62,19 @@ print(*({OPTIONAL - {"rich"}!r} & set(sys.modules)))  # flax imports rich by its
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert not done.stdout.split()
+
+
+def test_every_module_can_be_the_first_that_is_imported():
+    """A circle of imports shows only where it is entered."""
+    script = """
+import importlib, pkgutil, sys
+import models, sparsellm
+for package in (models, sparsellm):
+    for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
+        for name in [name for name in sys.modules if name.partition(".")[0] in ("models", "sparsellm")]:
+            del sys.modules[name]
+        if module.name != "sparsellm.lm_eval_adapter":  # an extra's
+            importlib.import_module(module.name)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr

@@ -12,6 +12,9 @@ from experiments import predicted_decoding, predictors, quickstart
 from experiments.__main__ import main
 from experiments.runs import Run
 from models import OPT, OPTConfig
+from models.opt import with_predictors
+from sparsellm.evaluation import perplexity
+from sparsellm.predictors import LowRankPredictor
 
 CONFIG = dataclasses.replace(
     predictors.Config.smoke(), methods=("trained", "8-bit", "teal"), training=8, epochs=2, budgets=(1.5,), batches=(2,)
@@ -57,6 +60,18 @@ def test_every_wish_is_a_row_and_the_chosen_predictor_decodes_as_simulated(finis
     assert decoded["perplexity"] < 1.2 * decoded["dense_perplexity"] and decoded["batch"] == 2
     assert min(decoded[name] for name in ("time_ms", "dense_ms", "predictor_ms")) > 0
     assert decoded["predictor_share"] == pytest.approx((16 * (32 + 32) + 1) / (2 * 32 * 32))
+
+
+def test_a_model_loses_what_heads_it_leaves_out():
+    """Read a token at a time: as the model at once if all heads are listed, and otherwise not."""
+    config = OPTConfig(vocab_size=64, layers=1, d_model=16, heads=2, d_ff=32, max_length=16, init_std=0.3)
+    model, windows = OPT(config, rngs=nnx.Rngs(0)), np.arange(52, dtype=np.int32).reshape(4, 13)
+    expected = perplexity(model, windows).perplexity
+    for threshold, same in ((-math.inf, True), (math.inf, False)):
+        heads = LowRankPredictor(16, 4, 2, threshold=threshold, rngs=nnx.Rngs(0))
+        listed = with_predictors(model, None, head_predictors=[heads])
+        found = predicted_decoding.decoded_perplexity(listed, windows, batch=2)
+        assert (found == pytest.approx(expected, rel=1e-4)) == same
 
 
 def test_a_text_that_the_model_did_not_write_is_found():

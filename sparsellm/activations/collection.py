@@ -21,8 +21,9 @@ from jaxtyping import Array, Bool, Int, Shaped, UInt8
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from sparsellm.activations.recording import all_finite, check_finite, check_windows, checksum, fingerprint, see
+from sparsellm.activations.recording import all_finite, check_finite, check_windows, fingerprint, see
 from sparsellm.checkpoint import no_space
+from sparsellm.checksum import checksum
 
 KINDS = ("hidden", "ffn_inputs", "fires", "head_norms")
 DESCRIPTION = "collection.json"

@@ -1,9 +1,11 @@
 """What goes on inside a model's blocks: the model runs with recorders in their place.
 
-A model is anything whose blocks are `model.layers`, each called with the hidden states first, with a method
-`feed_forward` called with its input first, an attention `self_attn.out_proj`, and "ffn_activation" captured, as OPT.
+A model is anything whose blocks are `model.layers`, each called with the hidden states first, with an attention
+`self_attn` that ends in `out_proj` or `o_proj`. Their feed-forward part is a method `feed_forward`, called with its
+input first, with "ffn_activation" captured, as OPT's; or a `MixtureOfExperts`, as Mixtral's.
 """
 
+import dataclasses
 import functools
 import json
 from typing import Any
@@ -12,39 +14,80 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax import lax
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
+from sparsellm.checksum import checksum
+from sparsellm.mixture_of_experts import MixtureOfExperts
 from sparsellm.pruning.calibrate import RECORDED
 
 
 def see(graphdef: nnx.GraphDef, state: nnx.State, tokens: Int[Array, "batch length"]) -> list[dict[str, Array]]:
     """What each block sees of each token: the hidden states that enter it ("hidden"), its feed-forward block's inputs
-    ("ffn_inputs") and activations ("fires"), and the norms of its heads' outputs ("head_norms").
+    ("ffn_inputs") and activations ("fires"; of experts one after the other, zero where the token went elsewhere), and
+    the norms of its heads' outputs ("head_norms").
 
     Raises:
         ValueError: it is not such a model.
     """
     model = nnx.merge(graphdef, state)
-    for block in getattr(model, "layers", [model]):
-        if not (hasattr(block, "feed_forward") and hasattr(getattr(block, "self_attn", None), "out_proj")):
-            raise ValueError(
-                f"blocks must have feed_forward and self_attn.out_proj, as OPT's; got {type(block).__name__}"
-            )
-    heads = [block.self_attn.heads for block in model.layers]
-    for block in model.layers:
+    blocks = [_Parts.of(block) for block in getattr(model, "layers", [model])]
+    for block, parts in zip(model.layers, blocks, strict=True):
         block.__class__ = _recording(type(block))  # of a copy that lives for this trace
-        block.self_attn.out_proj.__class__ = RECORDED[nnx.Linear]
+        attention = getattr(block.self_attn, parts.projection)
+        attention.__class__ = RECORDED[nnx.Linear]
+        if parts.experts:
+            getattr(block, parts.experts).__class__ = RECORDED[MixtureOfExperts]
     _, captured = nnx.capture(model, nnx.Intermediate)(tokens)
-    rows = lambda x: x.reshape(-1, x.shape[-1])  # noqa: E731
     seen = []
-    for i, count in enumerate(heads):
+    for i, parts in enumerate(blocks):
         layer = captured["layers"][i]
-        outputs = layer["self_attn"]["out_proj"]["kernel"][0].astype(jnp.float32)
-        norms = jnp.linalg.norm(outputs.reshape(tokens.size, count, -1), axis=-1)
-        hidden, inputs, activation = (rows(layer[name][0]) for name in ("hidden", "ffn_inputs", "ffn_activation"))
-        seen.append({"hidden": hidden, "ffn_inputs": inputs, "fires": activation, "head_norms": norms})
+        outputs = layer["self_attn"][parts.projection]["kernel"][0].astype(jnp.float32)
+        norms = jnp.linalg.norm(outputs.reshape(tokens.size, parts.heads, -1), axis=-1)
+        if parts.experts:
+            inputs, fires = _of_experts(layer[parts.experts])
+        else:
+            inputs, fires = _rows(layer["ffn_inputs"][0]), _rows(layer["ffn_activation"][0])
+        seen.append({"hidden": _rows(layer["hidden"][0]), "ffn_inputs": inputs, "fires": fires, "head_norms": norms})
     return seen
+
+
+@dataclasses.dataclass(frozen=True)
+class _Parts:
+    """Where a block has what is recorded.
+
+    Attributes:
+        projection: the name of what multiplies its heads' outputs.
+        experts: the name of its experts; None if it has a method `feed_forward`.
+        heads: how many.
+    """
+
+    projection: str
+    experts: str | None
+    heads: int
+
+    @classmethod
+    def of(cls, block: Any) -> "_Parts":
+        attention: Any = getattr(block, "self_attn", None)
+        names = [name for name in ("out_proj", "o_proj") if hasattr(attention, name)]
+        mixtures = [name for name, part in vars(block).items() if isinstance(part, MixtureOfExperts)]
+        if not names or not (mixtures or hasattr(block, "feed_forward")):
+            rule = "blocks must have self_attn with out_proj or o_proj, and feed_forward or experts"
+            raise ValueError(f"{rule}, as OPT's and Mixtral's; got {type(block).__name__}")
+        heads = attention.heads if hasattr(attention, "heads") else attention.config.heads
+        return cls(names[0], mixtures[0] if mixtures else None, heads)
+
+
+def _rows(x: Float[Array, "... width"]) -> Float[Array, "rows width"]:
+    return x.reshape(-1, x.shape[-1])
+
+
+def _of_experts(captured: Any) -> tuple[Float[Array, "tokens d_model"], Float[Array, "tokens experts_times_d_ff"]]:
+    """The inputs of a mixture, and what all experts' neurons make of each token."""
+    (x, routing, _), (hidden, _, _) = captured["wi"][0], captured["wo"][0]
+    experts = len(routing.counts)
+    fires = jnp.zeros_like(hidden, shape=(len(x), experts, hidden.shape[1]))
+    fires = fires.at[routing.order // routing.top_k, routing.slot_experts()].set(hidden, mode="drop")  # dropped slots
+    return x, fires.reshape(len(x), -1)
 
 
 def all_finite(seen: list[dict[str, Array]]) -> list[dict[str, Array]]:
@@ -79,17 +122,6 @@ def fingerprint(model: Any) -> dict[str, Any]:
     embeddings = [module.embedding for _, module in nnx.iter_modules(model) if isinstance(module, nnx.Embed)]
     described["embedding"] = checksum([embedding[:64].astype(jnp.bfloat16) for embedding in embeddings])
     return json.loads(json.dumps(described))  # as it is read back
-
-
-def checksum(arrays: Any) -> int:
-    """Of the arrays' bits; integers, so that any device finds the same."""
-    return int(sum(int(_sum_of_bits(x)) for x in jax.tree.leaves(arrays)) % 2**32)
-
-
-@jax.jit
-def _sum_of_bits(x: Array) -> Array:
-    unsigned = jnp.dtype(f"uint{8 * x.dtype.itemsize}")
-    return lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32).sum(dtype=jnp.uint32)
 
 
 def check_windows(windows: np.ndarray, batch: int) -> None:

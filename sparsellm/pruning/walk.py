@@ -29,7 +29,7 @@ from jaxtyping import Array, Int
 from safetensors import safe_open
 from safetensors.flax import save_file
 
-from sparsellm.activations.recording import checksum
+from sparsellm.checksum import checksum
 from sparsellm.pruning.calibrate import add, check_layout, find_kernels, sum_inputs
 from sparsellm.pruning.method import Inputs, Method, Needs, check_sparsity, reconstruction_error
 from sparsellm.pruning.patterns import NM, Pattern, Unstructured
