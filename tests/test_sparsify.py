@@ -465,6 +465,7 @@ def test_rules(calls, x, w):
     assert asked(Rule("w2", plan)) == [found | {"plan": plan}]
     assert asked(Rule("w2", Plan("dense"))) == []
     assert asked(Rule("w1", plan)) == [found]  # a plan forces nothing
+    assert asked(Rule("w1", plan, sparse="b")) == [{"sparse": "b", "plan": plan}, found]  # but named with its operand
     assert asked(Rule("w1", "force", sparse="b")) == [{"sparse": "b"}, found]
     assert asked(Rule("", "force")) == [found, found]
     assert asked(Rule("w2", sparse="b")) == []  # that operand has no zeros

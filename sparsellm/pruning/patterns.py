@@ -80,7 +80,16 @@ class Blocks:
 
     @property
     def plan(self) -> Plan:
-        """By which `sparse_dot(x, kernel, sparse="b")` skips them: in terms of the transposed problem, [out, in]."""
+        """By which `sparse_dot(x, kernel, sparse="b")` skips them: in terms of the transposed problem, [out, in].
+
+        In micro-tiles that the kernels take, where some make up a block: of 128 or 64 outputs by as many inputs, or by
+        one input at a time; or of one output by 64 or 32 inputs.
+        """
+        across, down = (next((n for n in (128, 64) if size % n == 0), 0) for size in (self.cols, self.rows))
+        if across:
+            return Plan("k", MicroTile(across, down or 1))
+        if self.cols == 1 and self.rows % 32 == 0:
+            return Plan("m", MicroTile(1, 64 if down else 32))
         return Plan("k", MicroTile(self.cols, self.rows))
 
     def check(self, shape: tuple[int, ...]) -> None:

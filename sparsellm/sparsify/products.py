@@ -29,7 +29,8 @@ class Rule:
     Attributes:
         path: regular expression, searched in the product's `path` and in its `source` ("model.py:12 (MLP.__call__)").
         action: "skip" leaves the product alone, "force" replaces it though nothing says that an operand has zeros, and
-            a `Plan` is how it runs where it is replaced. None: what happens without a rule.
+            a `Plan` is how it runs where it is replaced; with `sparse` it is replaced in any case, as for pruned
+            weights (`pruning.Blocks.plan`), of which nothing says that they have zeros. None: as without a rule.
         density: expected share of non-zeros of the sparse operand, 0 to 1; None if not known.
         sparse: the operand to take for sparse: "a" (left) or "b" (right). None: the one that is zero-rich, the left
             one where both are, or neither is and `action` is "force".
@@ -131,7 +132,7 @@ def _choose_operand(eqn: JaxprEqn, lhs: Fact, rhs: Fact, rule: Rule) -> tuple[Si
     if obstacle or rule.action == "skip":
         return None, obstacle or "a rule skips it"
     facts: dict[Side, Fact] = {"a": lhs, "b": rhs}
-    if rule.action == "force":
+    if rule.action == "force" or (isinstance(rule.action, Plan) and rule.sparse):
         side = rule.sparse or ("b" if rhs.zeros and not lhs.zeros else "a")
         return side, str(facts[side]) if facts[side].zeros else "a rule forces it"
     for side in (rule.sparse,) if rule.sparse else SIDES:
