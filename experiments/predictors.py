@@ -188,6 +188,8 @@ def _check(config: Config) -> None:
 
 def _check_model(config: Config, model: OPT, rank: int, test: Int32[np.ndarray, "windows length_plus_1"]) -> None:
     """What would otherwise show only after the predictors' training."""
+    if not isinstance(model, OPT):
+        raise ValueError(f"source must be an OPT, whose neurons and heads can be left out; got {type(model).__name__}")
     if not 1 <= rank <= model.config.d_model:
         raise ValueError(f"rank must be 1 to d_model={model.config.d_model}; got rank={rank}")
     if max(config.batches, default=1) > len(test):

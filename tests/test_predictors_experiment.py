@@ -11,7 +11,7 @@ from flax import nnx
 from experiments import predicted_decoding, predictors, quickstart
 from experiments.__main__ import main
 from experiments.runs import Run
-from models import OPT, OPTConfig
+from models import OPT, Mixtral, MixtralConfig, OPTConfig
 from models.opt import with_predictors
 from sparsellm.evaluation import perplexity
 from sparsellm.predictors import LowRankPredictor
@@ -60,6 +60,13 @@ def test_every_wish_is_a_row_and_the_chosen_predictor_decodes_as_simulated(finis
     assert decoded["perplexity"] < 1.2 * decoded["dense_perplexity"] and decoded["batch"] == 2
     assert min(decoded[name] for name in ("time_ms", "dense_ms", "predictor_ms")) > 0
     assert decoded["predictor_share"] == pytest.approx((16 * (32 + 32) + 1) / (2 * 32 * 32))
+
+
+def test_a_model_whose_neurons_cannot_be_left_out_is_refused():
+    sizes = {"vocab_size": 61, "layers": 1, "d_model": 16, "heads": 4, "kv_heads": 2, "d_ff": 24, "experts": 2}
+    model: Any = nnx.eval_shape(lambda: Mixtral(MixtralConfig(**sizes), rngs=nnx.Rngs(0)))
+    with pytest.raises(ValueError, match="source must be an OPT, .*; got Mixtral"):
+        predictors._check_model(CONFIG, model, 1, np.zeros((2, 9), np.int32))
 
 
 def test_a_model_loses_what_heads_it_leaves_out():
