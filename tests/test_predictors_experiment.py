@@ -62,9 +62,9 @@ def test_every_wish_is_a_row_and_the_chosen_predictor_decodes_as_simulated(finis
     assert decoded["predictor_share"] == pytest.approx((16 * (32 + 32) + 1) / (2 * 32 * 32))
 
 
-def test_a_model_whose_neurons_cannot_be_left_out_is_refused():
-    sizes = {"vocab_size": 61, "layers": 1, "d_model": 16, "heads": 4, "kv_heads": 2, "d_ff": 24, "experts": 2}
-    model: Any = nnx.eval_shape(lambda: Mixtral(MixtralConfig(**sizes), rngs=nnx.Rngs(0)))
+def test_a_model_whose_neurons_cannot_be_left_out_is_refused(unchecked):
+    config = MixtralConfig(vocab_size=61, layers=1, d_model=16, heads=4, kv_heads=2, d_ff=24, experts=2)
+    model: Any = nnx.eval_shape(lambda: Mixtral(config, rngs=nnx.Rngs(0)))
     with pytest.raises(ValueError, match="source must be an OPT, .*; got Mixtral"):
         predictors._check_model(CONFIG, model, 1, np.zeros((2, 9), np.int32))
 
