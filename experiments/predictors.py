@@ -151,7 +151,9 @@ class Subject:
         """Perplexity where every token has only the neurons that are predicted for it."""
         return perplexity(with_predictors(self.model, predictors, "mask_everywhere"), windows).perplexity
 
-    def quality_of_heads(self, predictors: Sequence[Predictor], windows: Int32[np.ndarray, "windows length_plus_1"]):
+    def quality_of_heads(
+        self, predictors: Sequence[Predictor], windows: Int32[np.ndarray, "windows length_plus_1"]
+    ) -> float:
         """Perplexity where every token has only the heads that are predicted for it."""
         listed = with_predictors(self.model, None, head_predictors=predictors)
         return decoded_perplexity(listed, windows, math.gcd(len(windows), MOST_AT_ONCE))

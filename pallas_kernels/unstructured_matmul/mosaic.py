@@ -12,7 +12,7 @@ variant with mma and one block a step):
     mask words, ring, waits, loop, uniform   ~64
     all                                      182    at 128: 38 us of 28672 x 7168, and 45 with the start and the end
 
-Paired, a place is a word, and a word a register (`device.decode_pairs`): 16 loads a block, 16 dp4a, 32 instructions to
+Paired, a place is a word, and a word a register (`decode_pairs`): 16 loads a block, 16 dp4a, 32 instructions to
 put zeros where nothing is stored, half of the mask words and of the popcounts: 150 with wgmma for 16 columns, where
 single elements take 182, for 1.5 times their bytes at 70% and 80% zeros.
 

@@ -1,0 +1,44 @@
+"""From a mask word and the places of its streams to the registers that the tensor core takes: what a lane decodes."""
+
+from pallas_kernels.tile import lane as ln
+from pallas_kernels.tile.lane import Int
+from pallas_kernels.unstructured_matmul import warp
+from pallas_kernels.unstructured_matmul.config import ROW_BYTES
+
+# permute_bytes(odd, even, NOTHING + e * EVEN + o * ODD) is {even or 0, odd or 0}: nibbles 3 and 2 name zeros of the odd
+# half's register and F the sign of the even one's upper bytes, 0; 5 and 4 are the even half, 1 and 0 the odd one.
+NOTHING, EVEN = 0xFF32, 0x22  # and ODD is 0x1100 = 0x80 * EVEN: one product of bytes adds both
+EVEN_ONES = 0x55555555  # the even stream's bits, all of them
+EVEN_BITS, ODD_BITS = 0x01010101, -0x7F7F7F80  # as signed: 0x80808080
+SIGNS, EVERY_NIBBLE = 0x8888, 0x1111  # permute_bytes' selector of the sign of byte 0, four times; and one byte on
+
+
+def decode(word: Int, even: Int, odd: Int) -> list[Int]:
+    """A lane's 16 registers of a block, given the addresses of its streams."""
+    registers = []
+    for g in range(4):
+        turned = warp.rotate_right(word, 2 * g)
+        evens, odds, both = turned & EVEN_BITS, turned & ODD_BITS, turned & (EVEN_BITS | ODD_BITS)
+        for j in range(4):
+            before = EVEN_BITS & ((1 << 8 * j) - 1)  # the elements before this one
+            even_place = warp.dot_bytes(evens, ROW_BYTES * before, even) if j else even
+            odd_place = warp.dot_bytes(odds, before, odd) if j else odd  # an odd bit is ROW_BYTES already
+            selector = warp.dot_bytes(both, EVEN << 8 * j, ln.constant(NOTHING))
+            halves = warp.load_half(odd_place, 2), warp.load_half(even_place, 0)
+            registers.append(warp.permute_bytes(*halves, selector))
+        even, odd = warp.dot_bytes(evens, ROW_BYTES * EVEN_BITS, even), warp.dot_bytes(odds, EVEN_BITS, odd)
+    return registers
+
+
+def decode_pairs(word: Int, second: bool, place: Int) -> list[Int]:
+    """The same of a paired lane, at `place`; the word serves two blocks, of which this is the second or the first."""
+    registers = []
+    for g in range(4):
+        bits = warp.rotate_right(word, (2 * g + (0 if second else 25)) % 32) & ODD_BITS  # a bit is ROW_BYTES
+        for j in range(4):
+            before = EVEN_BITS & ((1 << 8 * j) - 1)
+            own = warp.dot_bytes(bits, before, place) if j else place
+            stored = warp.permute_bytes(bits, bits, ln.constant(SIGNS + j * EVERY_NIBBLE))
+            registers.append(warp.load_word(own) & stored)
+        place = warp.dot_bytes(bits, EVEN_BITS, place)
+    return registers
