@@ -54,7 +54,7 @@ MODELS: dict[str, tuple[dict[str, Any], tuple[int, ...], tuple[int, ...]]] = {
 }
 
 # What dense dispatch may make of a layer, in values and in FLOPs: an eighth of the memory, and a tenth of a second.
-DENSE_VALUES, DENSE_FLOPS, ONE_HOT_EXPERTS = 2**33, 1e14, 32
+DENSE_VALUES, DENSE_FLOPS = 2**33, 1e14
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -261,7 +261,7 @@ def _affordable(layer: Layer) -> list[str]:
     if values <= DENSE_VALUES and flops * layer.top_k <= DENSE_FLOPS:
         ways.append("ragged_dot")
     values = layer.experts * layer.tokens * layer.hidden
-    if layer.experts <= ONE_HOT_EXPERTS and values <= DENSE_VALUES and flops <= DENSE_FLOPS:
+    if values <= DENSE_VALUES and flops <= DENSE_FLOPS:
         ways.append("one_hot")
     return ways
 
