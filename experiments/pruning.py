@@ -51,7 +51,8 @@ class Config:
         source: a run of quickstart or pretrain, a checkpoint's folder with its tokenizer's files (OPT or Mixtral), or a
             hub id; None trains quickstart's model first.
         corpus: text to calibrate on (and to train on): a file, or a folder of them. None for the tokens of the run,
-            or, where a model is trained, the source of Python's standard library. Part of it is held out.
+            or, where a model is trained, the source of Python's standard library. Part of it is held out, unless the
+            source is a run, which has its own.
         text: what perplexity is measured on; None for what is held out.
         size: of the model where one is trained; "auto" is "large" on a GPU and "small" elsewhere.
         methods: the one-shot methods to compare.
@@ -175,16 +176,17 @@ def prepare(config: Config, run: Run) -> Subject:
     model, kind, folder = load_model(config.source)
     tokenizer = text.load_tokenizer(folder)
     name = f"opt-{_size(model.config)}" if kind == "opt" else f"{kind}-{folder.name}"
-    if (earlier / language_models.TOKENS).is_file() and config.corpus is None:
-        data = language_models.load(earlier)
-        train, held_out, length = data.train, data.held_out, data.train.shape[1] - 1  # as it was trained
-    else:
-        if config.corpus is None:
-            raise ValueError("corpus must be given for a model that quickstart or pretrain has not trained; got None")
-        length = min(model.config.max_length, LENGTH)
-        documents = text.read_corpus(config.corpus).documents
+    own = language_models.load(earlier) if (earlier / language_models.TOKENS).is_file() else None
+    if own is None and config.corpus is None:
+        raise ValueError("corpus must be given for a model that quickstart or pretrain has not trained; got None")
+    length = min(model.config.max_length, LENGTH) if own is None else own.train.shape[1] - 1  # as it was trained
+    documents = [] if config.corpus is None else text.read_corpus(config.corpus).documents
+    if own is None:
         parts = text.split_documents(documents, held_out=0.1, seed=config.seed)
         train, held_out = (_windows(tokenizer, part, length) for part in parts)
+    else:
+        train = own.train if config.corpus is None else _windows(tokenizer, documents, length)
+        held_out = own.held_out
     if config.text is not None:
         held_out = _windows(tokenizer, text.read_corpus(config.text).documents, length)
     return Subject(name=name, model=model, train=train, held_out=held_out)

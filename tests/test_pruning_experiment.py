@@ -3,6 +3,7 @@ import json
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 
 from experiments import pruning, pruning_time, quickstart
@@ -10,6 +11,7 @@ from experiments.__main__ import main
 from experiments.runs import Run
 from models import OPTConfig
 from sparsellm.pruning import NM, Blocks, Unstructured
+from sparsellm.text import load_tokenizer
 
 CONFIG = dataclasses.replace(
     pruning.Config.smoke(), methods=("magnitude", "wanda owl"), patterns=("unstructured",), recovery_steps=1
@@ -88,6 +90,12 @@ def test_the_run_of_quickstart_is_taken_as_it_is(finished, tmp_path, monkeypatch
     Model.config = OPTConfig.preset("350m")
     assert pruning.prepare(config, run).name == "opt-350m"
     assert subject.train.shape[1] == subject.held_out.shape[1] == 33  # the tiny size's window, and a target
+    corpus = tmp_path / "calibration.jsonl"
+    corpus.write_text(json.dumps({"text": "calibrate on this " * 50}))
+    other = pruning.prepare(dataclasses.replace(config, corpus=corpus), run)  # measured on the run's own text
+    assert np.array_equal(other.held_out, subject.held_out)
+    tokens = other.train[:, :-1].ravel().tolist()
+    assert "calibrate on this calibrate on this" in load_tokenizer(folder).decode(tokens)
     (folder / "config.json").write_text(json.dumps({"model_type": "t5"}))
     with pytest.raises(ValueError, match="source must be a model of opt or mixtral; .* is of t5"):
         pruning.prepare(config, run)
