@@ -42,6 +42,12 @@ def memory_gib(compiled: Any) -> float:
     return round((buffers - found.alias_size_in_bytes) / GIB, 3)
 
 
+def peak_memory_gib() -> float | None:
+    """GiB that this process has held of its device at most, so far; None where the device does not say."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    return round(stats["peak_bytes_in_use"] / GIB, 3) if "peak_bytes_in_use" in stats else None
+
+
 def measure(
     function: Callable[..., Any], model: nnx.Module, arrays: list[Any], repeats: int, timer: Timer = wall_clock
 ) -> tuple[Any, float, float]:

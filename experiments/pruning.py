@@ -57,7 +57,8 @@ class Config:
         size: of the model where one is trained; "auto" is "large" on a GPU and "small" elsewhere.
         methods: the one-shot methods to compare.
         patterns: where zeros may lie: "unstructured", N:M, or ROWSxCOLS.
-        sparsities: shares of zeros; n:m has its own.
+        sparsities: shares of zeros; n:m has its own, which methods with ratios ("wanda owl") take as the mean over
+            kernels that differ in their n (4:8, not 2:4: OWL's ratios differ by less than one weight of four).
         structures: shares of heads and neurons that are removed from a model of OPT's kind.
         recovery_steps: of training after that, by LoRA.
         calibration: windows to calibrate on.
@@ -224,7 +225,7 @@ def cells(config: Config, model: Any) -> Iterator[tuple[str, Pattern | None, flo
     for pattern in map(pruning.parse_pattern, config.patterns):
         for sparsity in (pattern.sparsity,) if isinstance(pattern, NM) else config.sparsities:
             for method in config.methods:
-                if method not in WITH_RATIOS or isinstance(pattern, Unstructured):
+                if method not in WITH_RATIOS or _takes_ratios(pattern):
                     yield method, pattern, sparsity
     if isinstance(model, OPT):
         for share in config.structures:
@@ -232,6 +233,11 @@ def cells(config: Config, model: Any) -> Iterator[tuple[str, Pattern | None, flo
                 yield f"taylor {order}", None, share
                 if config.recovery_steps:
                     yield f"taylor {order} + lora", None, share
+
+
+def _takes_ratios(pattern: Pattern) -> bool:
+    """Whether methods with ratios meet it: not 2:4, as OWL's lie within 0.16 of each other, and are rounded to one."""
+    return isinstance(pattern, Unstructured) or (isinstance(pattern, NM) and 0.16 * pattern.m > 1)
 
 
 def zero_weights(

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import subprocess
 import sys
+import weakref
 from typing import Any
 
 import jax
@@ -19,7 +20,7 @@ from sparsellm import pruning, training
 from sparsellm.explain import explain
 from sparsellm.mixture_of_experts import LinearRouter, MixtureOfExperts, RouterRule
 from sparsellm.objectives import next_token_loss
-from sparsellm.pruning import MAGNITUDE, METHODS, NM, RIA, WANDA, Blocks, SparseGPT, Unstructured, prune
+from sparsellm.pruning import MAGNITUDE, METHODS, NM, RIA, WANDA, Blocks, SparseGPT, Unstructured, memory, prune
 from sparsellm.pruning.calibrate import sum_inputs
 from sparsellm.pruning.gradual import GradualConfig, cubic_sparsity, gradually_pruned
 from sparsellm.pruning.owl import layer_sparsities, outlier_ratio
@@ -97,7 +98,7 @@ def test_unstructured_prunes_exactly_the_lowest_even_among_equals(sparsity, comp
 
 def test_n_of_every_m_inputs_are_kept():
     scores = np.random.default_rng(0).normal(size=(12, 5)).astype(np.float32)
-    keep = keep_of(NM(1, 4), scores, 0.0)
+    keep = keep_of(NM(1, 4), scores, NM(1, 4).sparsity)
     expected = np.zeros_like(keep)
     for start in range(0, 12, 4):
         for column in range(5):
@@ -127,6 +128,33 @@ def test_a_pattern_is_written_as_it_is_read(text):
 def test_what_is_no_pattern_is_refused(text):
     with pytest.raises(ValueError, match="got"):
         pruning.parse_pattern(text)
+
+
+@pytest.mark.parametrize("n,m", [(1, 3), (2, 4), (3, 10), (7, 8), (8, 8)])
+def test_kernels_of_the_same_sparsity_have_the_patterns_n(n, m):
+    pattern, sizes = NM(n, m), {"a": 10**9, "b": 3, "c": 70}
+    mixed = pattern.mixed(dict.fromkeys(sizes, pattern.sparsity), sizes)
+    assert mixed.keys() == sizes.keys() and set(mixed.values()) == {(m - n) / m}
+    assert pattern.mixed({}, sizes) == {}
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_sparsities_are_rounded_by_largest_remainder(seed):
+    generator = np.random.default_rng(seed)
+    m, sizes = int(generator.integers(4, 17)), generator.integers(1, 6, generator.integers(1, 9))
+    wanted = generator.uniform(0, m, len(sizes))  # zeros of m
+    wanted[generator.random(len(sizes)) < 0.3] = 0.5 * m  # equal ones
+    zeros, missing = wanted.astype(int), (sizes * (wanted % 1)).sum()
+    for i in sorted(range(len(sizes)), key=lambda i: zeros[i] - wanted[i]):
+        if abs(missing - sizes[i]) >= missing:
+            break
+        zeros[i], missing = zeros[i] + 1, missing - sizes[i]
+    pattern = NM(max(m - round((sizes * wanted).sum() / sizes.sum()), 1), m)
+    names = [f"kernel {i}" for i in range(len(sizes))]
+    shares = dict(zip(names, wanted / m, strict=True))
+    found = pattern.mixed(shares, dict(zip(names, sizes.tolist(), strict=True)))
+    np.testing.assert_allclose(list(found.values()), zeros / m)
+    assert abs((sizes * (m * np.array(list(found.values())) - wanted)).sum()) <= sizes.max() / 2 + 1e-9
 
 
 # Scores and SparseGPT
@@ -187,6 +215,21 @@ def test_wanda_is_the_published_listing(nm):
             np.put_along_axis(mask[:, i : i + 4], np.argsort(scores[:, i : i + 4], axis=1)[:, :2], True, axis=1)
     found = run(WANDA, NM(*nm) if nm else Unstructured(), w, x, 0.5)
     np.testing.assert_array_equal(found, np.where(mask.T, 0, w).astype(np.float32))
+
+
+@pytest.mark.parametrize("n", [3, 5])
+def test_a_kernel_keeps_the_n_that_its_sparsity_says(n):
+    """Of 4:8, as the mean: against the published listings of n:8."""
+    x, w = calibration(200, 40), np.random.default_rng(1).normal(size=(40, 12))
+    scores = (np.abs(w) * np.sqrt((x**2).sum(0))[:, None]).reshape(5, 8, 12)
+    highest = np.sort(scores, axis=1)[:, 8 - n : 8 - n + 1]
+    expected = np.where((scores >= highest).reshape(w.shape), w, 0).astype(np.float32)
+    expected[:8] = run(WANDA, NM(n, 8), w, x, NM(n, 8).sparsity)[:8]  # of equal scores, input 3's, the first ones go
+    np.testing.assert_array_equal(run(WANDA, NM(4, 8), w, x, 1 - n / 8), expected)
+    expected = published_sparsegpt(w.T, x, 0.5, (n, 8), 16).T
+    found = run(SparseGPT(block_size=16), NM(4, 8), w, x, 1 - n / 8)
+    np.testing.assert_array_equal(found == 0, expected == 0)
+    np.testing.assert_allclose(found, expected, atol=2e-4 * np.abs(expected).max())
 
 
 def test_ria_is_the_published_formula():
@@ -304,7 +347,7 @@ def test_an_expert_that_saw_no_token_is_pruned_by_magnitude():
     inputs = pruning.Inputs(tokens=jnp.zeros(2), squares=jnp.zeros((2, 8)), gram=jnp.zeros((2, 8, 8))).or_ones()
     w = np.random.default_rng(0).normal(size=(2, 8, 4)).astype(np.float32)
     for method in (WANDA, SparseGPT()):
-        found = prune_kernel(method, NM(2, 4), False, jnp.asarray(w), inputs, jnp.float32(0))[0]
+        found = prune_kernel(method, NM(2, 4), False, jnp.asarray(w), inputs, jnp.float32(0.5))[0]
         lower = np.sort(np.abs(w).reshape(2, 2, 4, 4), axis=2)[:, :, 1:2]
         expected = np.where(np.abs(w).reshape(lower.shape[:2] + (4, 4)) > lower, w.reshape(2, 2, 4, 4), 0)
         np.testing.assert_allclose(found, expected.reshape(w.shape), rtol=1e-5)
@@ -337,6 +380,50 @@ def test_blocks_and_sparsities_share_what_is_compiled():
         assert row["sparsity"] == round(shares[row["layer"]] * 256) / 256
 
 
+MIXED = {  # of 4:8: zeros of every 8 inputs
+    "layers.0.self_attn.q_proj.kernel": (0.42, 3),
+    "layers.0.fc1.kernel": (0.40, 3),
+    "layers.1.self_attn.q_proj.kernel": (0.55, 5),  # 4.4: the second of the largest remainders
+    "layers.1.fc1.kernel": (0.48, 4),  # 3.84: the largest
+    "layers.2.fc1.kernel": (0.63, 5),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_each_kernel_has_its_own_n_of_m(method):
+    model, asked = tiny_opt(), {name: share for name, (share, _) in MIXED.items()}
+    before = kernels(model)
+    rows = prune(model, METHODS[method], pattern=NM(4, 8), sparsity=asked, windows=windows(), batch=2)
+    assert {row["layer"]: row["sparsity"] for row in rows} == {name: zeros / 8 for name, (_, zeros) in MIXED.items()}
+    for name, w in kernels(model).items():
+        zeros = (w == 0).reshape(-1, 8, w.shape[1]).sum(axis=1)
+        assert (zeros == (MIXED[name][1] if name in MIXED else 0)).all()
+        if method == "magnitude" and name in MIXED:
+            order = np.abs(before[name]).reshape(-1, 8, w.shape[1]).argsort(axis=1).argsort(axis=1)
+            kept = (order >= MIXED[name][1]).reshape(w.shape)
+            np.testing.assert_array_equal(w, np.where(kept, before[name], 0))
+    assert abs(np.mean([row["sparsity"] for row in rows]) - np.mean(list(asked.values()))) <= 0.5 / 8 / len(MIXED)
+
+
+def test_owl_gives_each_block_its_own_n():
+    model, select = tiny_opt(), "fc1|q_proj"  # both without an input that is always zero
+    shares = pruning.owl_sparsities(model, windows(), 0.5, batch=2, select=select, outlier=2.0)
+    rows = prune(model, WANDA, pattern=NM(4, 8), sparsity=shares, windows=windows(), batch=2, select=select)
+    assert [row["sparsity"] for row in rows] == [NM(4, 8).mixed(shares, dict.fromkeys(shares, 256))[n] for n in shares]
+    by_block = np.reshape([8 * row["sparsity"] for row in rows], (3, 2))
+    assert len(np.unique(by_block)) > 1 and by_block.mean() == 4
+    order = np.argsort([shares[f"layers.{i}.fc1.kernel"] for i in range(3)])
+    assert (np.diff(by_block[order], axis=0) >= 0).all()
+
+
+def test_a_sparsity_for_each_kernel_may_be_the_patterns_own(sparsegpt_pruned):
+    model, options = tiny_opt(), {"windows": windows(), "batch": 2, "errors": True}
+    shares = {row["layer"]: 0.5 for row in sparsegpt_pruned[1]}
+    assert prune(model, METHODS["sparsegpt"], pattern=NM(2, 4), sparsity=shares, **options) == sparsegpt_pruned[1]
+    for name, w in kernels(sparsegpt_pruned[0]).items():
+        np.testing.assert_array_equal(kernels(model)[name], w)
+
+
 def test_the_error_is_that_of_the_output():
     x, w = calibration(60, 8), np.random.default_rng(1).normal(size=(8, 4))
     pruned, error = prune_kernel(
@@ -344,6 +431,51 @@ def test_the_error_is_that_of_the_output():
     )
     expected = np.linalg.norm(x @ (w - np.asarray(pruned))) / np.linalg.norm(x @ w)
     assert float(error) == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("shape", [(28672, 7168), (7168, 28672)])
+@pytest.mark.parametrize("pattern", [Unstructured(), NM(2, 4)], ids=str)
+@pytest.mark.parametrize("method", METHODS)
+def test_the_work_space_is_about_what_xla_asks_for(method, pattern, shape):
+    """Of OPT-30B's largest kernels."""
+    model = nnx.eval_shape(lambda: nnx.Dict(layers=nnx.List([nnx.Linear(*shape, rngs=nnx.Rngs(0))])))
+    work = memory.estimate(model, METHODS[method], windows=None).work
+    kernel, squares, scalar = (jax.ShapeDtypeStruct(size, jnp.float32) for size in (shape, shape[:1], ()))
+    gram = jax.ShapeDtypeStruct((shape[0], shape[0]), jnp.float32) if METHODS[method].needs == "gram" else None
+    inputs = pruning.Inputs(tokens=scalar, squares=squares, gram=gram)
+    kernel = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+    lowered: Any = prune_kernel
+    found = lowered.lower(METHODS[method], pattern, False, kernel, inputs, scalar).compile().memory_analysis()
+    assert 0.3 * work < found.temp_size_in_bytes + found.output_size_in_bytes < work
+
+
+def test_what_a_walk_holds_is_what_was_estimated():
+    model, hidden, sums = tiny_opt(d_ff=32), [], []
+    for block in pruning.walk(model, windows(), batch=2):
+        assert block.stream is not None
+        hidden.append(sum(x.nbytes for x in block.stream))
+        sums.append(sum(total.gram.nbytes for total in block.inputs("gram").values()))
+    found = memory.estimate(model, SparseGPT(), windows=windows().shape, batch=2)
+    assert found.hidden_states == max(hidden) and found.sums == max(sums)
+    assert found.parameters == sum(x.nbytes for x in jax.tree.leaves(nnx.state(model)))
+    assert found.total > found.parameters + max(hidden) + max(sums)
+    assert memory.estimate(model, WANDA, windows=windows().shape, batch=2, errors=True) == found
+    assert memory.estimate(model, MAGNITUDE, windows=None).hidden_states == 0
+
+
+def test_no_weight_is_there_twice():
+    """Once a block is pruned nothing holds what it was, or a model would take the memory of two."""
+    model, before, reported = _initial.__wrapped__(), {}, []
+    for block in pruning.walk(model):
+        before |= {name: weakref.ref(kernel[...]) for name, kernel in block.kernels.items()}
+
+    def report(row):
+        reported.append(row["layer"])
+        left = {name for name, array in before.items() if array() is not None}
+        assert left == {name for name in before if name.split(".")[1] > row["layer"].split(".")[1]}
+
+    prune(model, SparseGPT(), sparsity=0.5, windows=windows(), batch=2, report=report)
+    assert reported == list(before)
 
 
 def test_masks_survive_both_formats(sparsegpt_pruned, tmp_path):
@@ -412,7 +544,11 @@ def test_activations_that_are_not_finite_are_refused(method):
         ({"sparsity": {"layers.0.fc1.kernel": 1.5}}, "sparsity must be 0 to 1; got 1.5 for layers.0.fc1.kernel"),
         ({"sparsity": 0.5, "windows": windows(), "batch": 0}, "got batch=0"),
         ({"sparsity": {"layers.9.fc1.kernel": 0.5}}, "layers.9.fc1.kernel are none"),
-        ({"sparsity": 0.6, "pattern": NM(2, 4)}, "sparsity must be None for 2:4"),
+        ({"sparsity": 0.6, "pattern": NM(2, 4)}, "sparsity must be None for 2:4, which is 0.5, or one for each kernel"),
+        (
+            {"sparsity": {"layers.0.fc1.kernel": 0.7, "layers.0.fc2.kernel": 0.6}, "pattern": NM(2, 4)},
+            "sparsity must be 0.5 on average for 2:4, but for half a weight of 4; got 0.650",
+        ),
         ({"pattern": NM(2, 5)}, "m must divide the inputs of a kernel; got 2:5 for a kernel of"),
         ({"sparsity": 0.5, "select": "fc3"}, "select must be found in the path of some kernel"),
         ({"sparsity": 0.5, "windows": windows(3), "batch": 2}, "batch must divide the number of windows; got batch=2"),

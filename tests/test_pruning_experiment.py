@@ -1,20 +1,25 @@
 import dataclasses
+import gc
 import json
 import math
+import weakref
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import pruning, pruning_time, quickstart
+from experiments import opt, programs, pruning, pruning_time, quickstart
 from experiments.__main__ import main
 from experiments.runs import Run
 from models import OPTConfig
-from sparsellm.pruning import NM, Blocks, Unstructured
+from models.attention import place_tokens
+from sparsellm.pruning import METHODS, NM, Blocks, Unstructured, memory, prune
 from sparsellm.text import load_tokenizer
 
 CONFIG = dataclasses.replace(
-    pruning.Config.smoke(), methods=("magnitude", "wanda owl"), patterns=("unstructured",), recovery_steps=1
+    pruning.Config.smoke(), methods=("magnitude", "wanda owl"), patterns=("unstructured", "4:8"), recovery_steps=1
 )
 COLUMNS = {"model", "method", "pattern", "density", "sparsity", "perplexity", "dense_perplexity", "time_s"}
 
@@ -49,13 +54,15 @@ def test_a_row_for_every_pruned_model(finished):
     assert labels == [
         ("magnitude", "unstructured", 0.5),
         ("wanda owl", "unstructured", 0.5),
+        ("magnitude", "4:8", 0.5),
+        ("wanda owl", "4:8", 0.5),
         *((method, pruning.STRUCTURES, 0.5) for method in structured),
     ]
     for row in rows:
         assert row.keys() - {"error"} == COLUMNS
         assert math.isfinite(row["perplexity"]) and row["dense_perplexity"] == rows[0]["dense_perplexity"]
         assert row["density"] == pytest.approx(0.5, abs=0.02)
-        assert ("error" in row) == (row["pattern"] == "unstructured")
+        assert ("error" in row) == (row["pattern"] != pruning.STRUCTURES)
         assert 0 < row.get("error", 0.5) < 1
     assert (run.folder / "pruning.png").stat().st_size > 1000
     assert len((run.folder / "rows.jsonl").read_text().splitlines()) == len(rows)
@@ -102,14 +109,16 @@ def test_the_run_of_quickstart_is_taken_as_it_is(finished, tmp_path, monkeypatch
 
 
 def test_every_method_meets_every_pattern_it_knows():
-    config = pruning.Config(patterns=("unstructured", "2:4", "64x64"), methods=("wanda", "wanda owl"))
+    config = pruning.Config(patterns=("unstructured", "2:4", "3:8", "64x64"), methods=("wanda", "wanda owl"))
     cells = list(pruning.cells(config, None))
     assert cells == [
         ("wanda", Unstructured(), 0.5),
         ("wanda owl", Unstructured(), 0.5),
         ("wanda", Unstructured(), 0.7),
         ("wanda owl", Unstructured(), 0.7),
-        ("wanda", NM(2, 4), 0.5),
+        ("wanda", NM(2, 4), 0.5),  # in which OWL changes nothing
+        ("wanda", NM(3, 8), 0.625),
+        ("wanda owl", NM(3, 8), 0.625),
         ("wanda", Blocks(64, 64), 0.5),
         ("wanda", Blocks(64, 64), 0.7),
     ]
@@ -166,3 +175,67 @@ def test_the_time_of_a_layer_is_given_with_what_became_of_it(tmp_path, capsys):
     assert "| opt-tiny, a layer | sparsegpt" in capsys.readouterr().out
     with pytest.raises(ValueError, match="sparsity must lie between 0 and 1"):
         pruning_time.run(dataclasses.replace(config, sparsity=1.0), run)
+
+
+WHOLE = dataclasses.replace(pruning_time.Config.smoke(), whole=True, methods=("wanda", "sparsegpt"))
+
+
+def test_a_whole_model_is_pruned_block_by_block(tmp_path, monkeypatch, capsys):
+    """Each method starts from the same weights; none of an earlier model's are there any more."""
+    made, peaks = [], iter([1.0, 2.0, 2.0, 2.0])
+
+    def create(make, mesh):
+        assert not [kernel for kernel in made if kernel() is not None]
+        model = make()
+        made.extend(weakref.ref(layer.fc1.kernel[...]) for layer in model.layers)
+        return model
+
+    monkeypatch.setitem(opt.TINY, "layers", 3)
+    monkeypatch.setattr(pruning_time, "create_model", create)
+    monkeypatch.setattr(programs, "peak_memory_gib", lambda: next(peaks))
+    gc.disable()  # what is in no cycle goes at once
+    try:
+        with Run.start("pruning_time", WHOLE, root=tmp_path) as run:
+            rows = pruning_time.run(WHOLE, run)
+    finally:
+        gc.enable()
+    assert len(made) == 6 and [row["method"] for row in rows] == ["wanda", "sparsegpt"]
+    assert [row["memory_gib"] for row in rows] == [2.0, None]  # the second one held no more
+    for row in rows:
+        assert row["model"] == "opt-tiny" and row["kernels"] == 18 and row["tokens"] == 64
+        assert row["weights"] == 3 * (4 * 16**2 + 2 * 16 * 64) and row["zeros"] == pytest.approx(0.5, abs=0.01)
+        assert 0 < row["block_s"] < row["time_s"] and abs(row["compiling_s"]) < row["time_s"]
+    assert 0 < rows[1]["error"] < rows[0]["error"] < 1
+    shown = capsys.readouterr().out
+    assert "| model    | method    | pattern      | tokens |" in shown and "| s a block | GiB | zeros |" in shown
+    assert len((run.folder / "checkpoints" / "tiny_wanda.json").read_text()) > 100  # where a killed run goes on
+
+
+def test_the_error_of_a_whole_model_is_that_of_its_last_hidden_states(monkeypatch):
+    monkeypatch.setitem(opt.TINY, "layers", 2)
+    row = pruning_time.measure_whole(WHOLE, "tiny", "magnitude")
+    dense, pruned = (pruning_time.make(WHOLE, "tiny") for _ in range(2))
+    prune(pruned, METHODS["magnitude"], sparsity=0.5)
+    tokens = jnp.asarray(pruning_time.random_windows(WHOLE, dense)[:1])
+
+    @jax.jit
+    def run_layers(model):
+        x = model.embed_tokens(tokens) + model.embed_positions(jnp.arange(2, 18)[None])
+        for layer in model.layers:
+            x, _ = layer(x, place_tokens(tokens), None)
+        return x[0]
+
+    before, after = (np.asarray(run_layers(model), np.float64) for model in (dense, pruned))
+    expected = np.median(np.linalg.norm(after - before, axis=1) / np.linalg.norm(before, axis=1))
+    assert row["error"] == pytest.approx(expected, rel=1e-4) and row["tokens"] == 0
+
+
+def test_a_model_that_does_not_fit_is_refused_before_it_is_made(tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "capacity", lambda: 80 * 2**30)
+    monkeypatch.setattr(pruning_time, "create_model", None)
+    config = dataclasses.replace(pruning_time.Config(), whole=True, sizes=("30b",), methods=("wanda", "sparsegpt"))
+    with (
+        Run.start("pruning_time", config, root=tmp_path) as run,
+        pytest.raises(ValueError, match=r"pruning needs about 81.83 GiB .*parameters 55.17.*; it has 80.00: fewer"),
+    ):
+        pruning_time.run(config, run)

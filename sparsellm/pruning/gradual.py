@@ -29,7 +29,7 @@ class GradualConfig:
         begin: optimizer steps before the first mask.
         end: the step by which the last sparsity is reached; masks are still renewed after it.
         every: steps from one mask to the next.
-        pattern: where zeros may lie; not n:m, which has one sparsity only.
+        pattern: where zeros may lie; not n:m, which says its sparsity itself.
         select: a regular expression that is found in the paths of the kernels to prune, "layers.0.fc1.kernel".
     """
 

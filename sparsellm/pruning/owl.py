@@ -1,7 +1,8 @@
 """OWL, outlier-weighed layer-wise sparsity: blocks with more outliers among their scores are pruned less.
 
 Source: Yin et al., "Outlier Weighed Layerwise Sparsity (OWL): A Missing Secret Sauce for Pruning LLMs to High
-Sparsity" (ICML'24), section 3.2, with M = 5 and lambda = 0.08, over decoder blocks as in its code.
+Sparsity" (ICML'24), section 3.2, with M = 5 and lambda = 0.08, over decoder blocks as in its code. With a pattern
+n:m it is the paper's mixed N:8 sparsity: each layer has its own N. The rounding to whole weights is ours (`NM.mixed`).
 """
 
 from typing import Any

@@ -5,9 +5,11 @@ compare, are a column.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Literal
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from sparsellm.micro_tiles import MicroTile
@@ -37,7 +39,7 @@ class Unstructured:
 
 @dataclasses.dataclass(frozen=True)
 class NM:
-    """Of every m inputs in a row, an output keeps n: "2:4"."""
+    """Of every m inputs in a row, an output keeps n: "2:4". Where kernels differ in their n, it is the mean one."""
 
     n: int
     m: int
@@ -51,8 +53,36 @@ class NM:
 
     @property
     def sparsity(self) -> float:
-        """The only one it can have."""
+        """Of a kernel that keeps n of m."""
         return 1 - self.n / self.m
+
+    def mixed(self, sparsities: Mapping[str, float], sizes: Mapping[str, int]) -> dict[str, float]:
+        """Each kernel's sparsity as whole weights of m, so that together they have as many zeros as before.
+
+        By largest remainder: all are rounded down, then those with the largest remainders up, while that brings the
+        number of zeros nearer to what was asked. So a kernel is less than one weight of m off, and all of them together
+        are off by at most half of that in one kernel.
+
+        Args:
+            sparsities: by the kernels' paths.
+            sizes: weights of each kernel.
+
+        Raises:
+            ValueError: their mean is not this pattern's sparsity, rounded to whole weights of m.
+        """
+        weights = np.array([sizes[name] for name in sparsities], np.float64)
+        wanted = self.m * np.array(list(sparsities.values()), np.float64)
+        excess = float(weights @ wanted) - self.m * self.sparsity * weights.sum()
+        if abs(excess) > (0.5 + 1e-6) * weights.sum():
+            mean = self.sparsity + excess / self.m / weights.sum()
+            rule = f"sparsity must be {self.sparsity} on average for {self}, but for half a weight of {self.m}"
+            raise ValueError(f"{rule}; got {mean:.3f}")
+        zeros = np.floor(wanted)
+        remainders = wanted - zeros
+        order = np.argsort(-remainders, kind="stable")
+        middle = np.cumsum(weights[order]) - weights[order] / 2
+        zeros[order[middle < weights @ remainders]] += 1
+        return {name: float(count) / self.m for name, count in zip(sparsities, zeros, strict=True)}
 
     def check(self, shape: tuple[int, ...]) -> None:
         """Raises ValueError unless a kernel of this shape has whole groups."""
@@ -60,9 +90,9 @@ class NM:
             raise ValueError(f"m must divide the inputs of a kernel; got {self} for a kernel of {list(shape)}")
 
     def keep(self, scores: Float[Array, "d_in d_out"], sparsity: Sparsity, compare: Compare) -> Bool[Array, "i o"]:
-        """True for the n highest scores of every m; `sparsity` and `compare` have nothing left to say."""
+        """False for the share `sparsity` of lowest scores of every m, whatever `compare` says."""
         groups = scores.reshape(-1, self.m, scores.shape[1])
-        return ~lowest(groups, jnp.int32(self.m - self.n)).reshape(scores.shape)
+        return ~lowest(groups, _count(sparsity, self.m)).reshape(scores.shape)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,14 +1,8 @@
 """Pruning a model block by block, each fed with what the blocks before it make of the calibration set once pruned.
 
 A model is anything whose blocks are `model.layers`, called one after the other with the hidden states first. Weights
-stay where they are. On top of them it holds the hidden states of the calibration set and, for one block at a time, the
-sums over its kernels' inputs:
-
-    bytes = 2 * tokens * d_model * size of a dtype + 8 * (sum of d_in^2 over the block's kernels)
-            + for the largest kernel about 4 * (5 d_in^2 + 5 d_in d_out)
-
-the second and the d_in^2 terms for methods that need X^T X only. OPT-30B in bfloat16 with 128 windows of 2048 tokens,
-by SparseGPT: 60 GB of weights + 7.5 + 8.6 + 20.6 GB: one H200.
+stay where they are, and no more than one kernel is there twice. On top of them are the hidden states of the calibration
+set and, for one block at a time, the sums over its kernels' inputs: `sparsellm.pruning.memory` says how much that is.
 """
 
 import dataclasses
@@ -108,7 +102,7 @@ def walk(
         if not len(windows) or batch < 1 or len(windows) % batch:
             raise ValueError(f"batch must divide the number of windows; got batch={batch}, {len(windows)} windows")
         graphdef, state = nnx.split(model)
-        calls = (_first_call(graphdef, state, jnp.asarray(part)) for part in np.split(windows, len(windows) // batch))
+        calls = (first_call(graphdef, state, jnp.asarray(part)) for part in np.split(windows, len(windows) // batch))
         first, *arguments = next(calls)
         stream = [first, *(call[0] for call in calls)]
     for name, module in blocks.items():
@@ -135,6 +129,7 @@ def prune(
     Example:
         prune(model, SparseGPT(), pattern=NM(2, 4), windows=windows)
         prune(model, WANDA, sparsity=owl_sparsities(model, windows, 0.7), windows=windows)
+        prune(model, WANDA, pattern=NM(4, 8), sparsity=owl_sparsities(model, windows, 0.5), windows=windows)
         prune(model, MAGNITUDE, sparsity=global_sparsities(model, 0.5))
 
     Args:
@@ -143,7 +138,8 @@ def prune(
         method: how.
         pattern: where zeros may lie.
         sparsity: share of zeros in each kernel, or of zero blocks, less than 1; by the kernels' paths if they differ (a
-            kernel that is not there is left alone, one may lose all). None for n:m, which says so itself.
+            kernel that is not there is left alone, one may lose all). None for n:m, which says so itself; by path,
+            each kernel gets an n of its own, and n:m says what they are on average (`NM.mixed`).
         windows: calibration tokens, whole windows without padding; None for a method that needs no inputs.
         batch: windows at once, a divisor of their number.
         select: a regular expression that is found in the paths of the kernels to prune, as in r"fc[12]"; "" for all
@@ -178,7 +174,8 @@ def prune(
             inputs = block.inputs(needs) if kernels and needs != "nothing" else {}
             for name, kernel in kernels.items():
                 target = jnp.float32(sparsities[name])
-                kernel[...], error = prune_kernel(method, pattern, errors, kernel[...], inputs.get(name), target)
+                # What the kernel was, and its inputs' sums, are freed: nothing else holds them.
+                kernel[...], error = prune_kernel(method, pattern, errors, kernel[...], inputs.pop(name, None), target)
                 new.append({"layer": name, "sparsity": float(_zeros(kernel[...])) / kernel.size})
                 new[-1] |= {"error": float(error)} if errors else {}
             if path is not None:
@@ -231,7 +228,7 @@ class _Catch(nnx.Module):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _first_call(graphdef: nnx.GraphDef, state: nnx.State, tokens: Int[Array, "batch length"]) -> tuple[Any, ...]:
+def first_call(graphdef: nnx.GraphDef, state: nnx.State, tokens: Int[Array, "batch length"]) -> tuple[Any, ...]:
     """What the first block is called with."""
     model = nnx.merge(graphdef, state)
     model.layers = nnx.List([_Catch()])
@@ -251,13 +248,14 @@ def _sparsities(model, method, pattern, sparsity, windows, errors, select) -> di
     kernels = {name: kernel for block in walk(model, select=select) for name, kernel in block.kernels.items()}
     for kernel in kernels.values():
         pattern.check(kernel.shape)
-    if isinstance(pattern, NM):
-        if sparsity is not None and sparsity != pattern.sparsity:
-            raise ValueError(f"sparsity must be None for {pattern}, which is {pattern.sparsity}; got {sparsity}")
-        sparsity = pattern.sparsity
     if sparsity is None:
-        raise ValueError(f"sparsity must be given for the pattern {pattern}; got None")
+        if not isinstance(pattern, NM):
+            raise ValueError(f"sparsity must be given for the pattern {pattern}; got None")
+        sparsity = pattern.sparsity
     if not isinstance(sparsity, Mapping):
+        if isinstance(pattern, NM) and sparsity != pattern.sparsity:
+            rule = f"sparsity must be None for {pattern}, which is {pattern.sparsity}, or one for each kernel"
+            raise ValueError(f"{rule}; got {sparsity}")
         check_sparsity(sparsity)
         sparsity = dict.fromkeys(kernels, sparsity)
     if unknown := sparsity.keys() - kernels.keys():
@@ -265,6 +263,8 @@ def _sparsities(model, method, pattern, sparsity, windows, errors, select) -> di
     for name, value in sparsity.items():
         if not 0 <= value <= 1:
             raise ValueError(f"sparsity must be 0 to 1; got {value} for {name}")
+    if isinstance(pattern, NM):
+        return pattern.mixed(sparsity, {name: kernels[name].size for name in sparsity})
     return dict(sparsity)
 
 
