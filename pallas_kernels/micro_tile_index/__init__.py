@@ -68,9 +68,11 @@ class MicroTileIndex:
     def mask(self) -> Bool[Array, "lists micro_tiles"]:
         """True where a micro-tile is listed."""
         lists, length = self.indices.shape
-        listed = jnp.arange(length, dtype=jnp.int32)[None] < self.counts[:, None]
-        target = jnp.where(listed, self.indices, length)  # out of range: dropped
-        return jnp.zeros((lists, length), bool).at[jnp.arange(lists)[:, None], target].set(True, mode="drop")
+        entry = jnp.arange(length, dtype=jnp.int32)[None]
+        # Out of range, so dropped, and still distinct: else XLA, told to be deterministic, sets one after the other.
+        target = jnp.where(entry < self.counts[:, None], self.indices, length + entry)
+        nowhere = jnp.zeros((lists, length), bool)
+        return nowhere.at[jnp.arange(lists)[:, None], target].set(True, mode="drop", unique_indices=True)
 
 
 @functools.partial(jax.jit, static_argnames=("rows", "cols"))

@@ -164,7 +164,10 @@ def lowest(scores: Float[Array, "*groups members others"], count: Array) -> Bool
     order = jnp.argsort(scores, axis=-2, stable=True)
     chosen = jnp.broadcast_to((jnp.arange(scores.shape[-2]) < count)[:, None], scores.shape[-2:])
     chosen = jnp.broadcast_to(chosen[(None,) * (scores.ndim - 2)], scores.shape)
-    return jnp.put_along_axis(jnp.zeros_like(chosen), order, chosen, axis=-2, inplace=False)
+    places = list(jnp.indices(scores.shape, sparse=True))
+    places[-2] = order
+    # Known to be distinct: else XLA, told to be deterministic as while training, sets one after the other.
+    return jnp.zeros(scores.shape, bool).at[tuple(places)].set(chosen, unique_indices=True)
 
 
 def _count(sparsity: Sparsity, size: int) -> Array:
