@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels.micro_tile_index import MicroTileIndex
+from pallas_kernels.micro_tile_index import MicroTileIndex, compact
 
 XLA_CHUNK = 256  # l a step of the xla loops
 IMPLEMENTATIONS = (None, "mosaic_gpu", "xla", "interpret")
@@ -108,6 +108,28 @@ def listed_mask(index: MicroTileIndex, length: int, width: int) -> Bool[Array, "
     """True where the micro-tile of an element of X is listed."""
     mask = jnp.repeat(index.mask().T, min(index.rows, width), axis=1)[:, :width]
     return jnp.repeat(mask, min(index.cols, length), axis=0)[:length]
+
+
+def transposed(index: MicroTileIndex) -> MicroTileIndex:
+    """The same micro-tiles, listed for each block of `cols` l: of X transposed."""
+    indices, counts = compact(index.mask().T)
+    return MicroTileIndex(indices=indices, counts=counts, rows=index.cols, cols=index.rows)
+
+
+def in_pairs(index: MicroTileIndex) -> MicroTileIndex:
+    """Each two blocks as one, which lists what either of them does."""
+    mask = index.mask()
+    mask = jnp.pad(mask, ((0, mask.shape[0] % 2), (0, 0))).reshape(-1, 2, mask.shape[1])
+    indices, counts = compact(mask.any(axis=1))
+    return MicroTileIndex(indices=indices, counts=counts, rows=2 * index.rows, cols=index.cols)
+
+
+def one_by_one(index: MicroTileIndex, length: int) -> MicroTileIndex:
+    """The same l of each block, listed one by one."""
+    if index.cols == 1:
+        return index
+    indices, counts = compact(jnp.repeat(index.mask(), index.cols, axis=1)[:, :length])
+    return MicroTileIndex(indices=indices, counts=counts, rows=index.rows)
 
 
 def by_block(x: Float[Array, "L W"], index: MicroTileIndex) -> Float[Array, "L blocks rows"]:

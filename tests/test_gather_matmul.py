@@ -111,12 +111,14 @@ def test_entries_of_a_list_may_come_in_any_order():
     assert_close(gather_matmul(a_t, b, index), expected(a_t, b, index), 1e-6)
 
 
-@pytest.mark.parametrize("rows", [1, 64])
-def test_gradients_are_those_of_the_masked_product(rows):
-    a_t, b, index = problem(5, m=70, n=30, k=50, rows=rows, density=0.4)
-    weight = jnp.asarray(np.random.default_rng(6).normal(size=(70, 30)), jnp.float32)
+@pytest.mark.parametrize(("rows", "cols"), [(1, 1), (64, 1), (16, 8), (64, 64)])
+def test_gradients_are_those_of_the_masked_product(rows, cols):
+    rng = np.random.default_rng(5)
+    tiles = rng.random((-(-50 // cols), -(-70 // rows))) < 0.4
+    mask = np.repeat(np.repeat(tiles, rows, axis=1), cols, axis=0)[:50, :70]  # [K, M]
+    a_t, b, weight = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((50, 70), (50, 30), (70, 30)))
+    index = micro_tile_index(jnp.asarray(mask), rows, cols)
     grads = jax.grad(lambda a_t, b: jnp.sum(weight * gather_matmul(a_t, b, index)), argnums=(0, 1))(a_t, b)
-    mask = np.repeat(np.asarray(index.mask()), rows, axis=0)[:70].T  # [K, M]
     a, w, bb = (np.asarray(x, np.float64) for x in (a_t, weight, b))
     assert_close(grads[0], np.where(mask, bb @ w.T, 0), 1e-6)
     assert_close(grads[1], np.where(mask, a, 0) @ w, 1e-6)

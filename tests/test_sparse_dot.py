@@ -27,6 +27,7 @@ PLANS = (
     Plan("m", MicroTile(1, 32)),
     Plan("m", MicroTile(1, 256)),
 )
+GRADIENT_PLANS = (Plan("k", MicroTile(64, 64)), Plan("k", MicroTile(64, 1)), Plan("m", MicroTile(1, 32)))
 dot = jax.jit(sparse_dot, static_argnames=("sparse", "plan", "density"))  # eager, each of its steps compiles alone
 BOUNDS = {"float32": 1e-6, "float16": 1e-3, "bfloat16": 8e-3}
 PATTERNS = {
@@ -330,6 +331,19 @@ def test_the_kernels_lower_for_an_h200(name):
     assert lower(function, shapes, GPUS[0]).count("custom_call @mosaic_gpu") >= kernels
 
 
+@pytest.mark.parametrize("plan", GRADIENT_PLANS, ids=str)
+@pytest.mark.parametrize("operand", ["a", "b"])
+def test_every_gradient_of_a_sparse_operand_is_a_kernel_on_an_h200(plan, operand):
+    """Beside what finds and makes lists: of XLA's products, which the kernels fall back to, there is none."""
+    shapes = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((256, 384), (384, 512))]
+
+    def loss(a, b):
+        return sparse_dot(a, b, plan=plan).astype(jnp.float32).sum()
+
+    text = lower(jax.grad(loss, argnums="ab".index(operand)), shapes, GPUS[0])
+    assert "custom_call @mosaic_gpu" in text and "stablehlo.dot" not in text
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("plan", [*PLANS, Plan("k", MicroTile(128, 128)), Plan("m", MicroTile(1, 64))], ids=str)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -354,6 +368,23 @@ def test_blocks_and_gradients_compiled_on_a_gpu():
     live = np.repeat(np.add.reduceat(np.abs(f64(a)), [0, 128, 256], axis=0) > 0, 128, axis=0)[:300]
     assert_close(grads[0], np.where(live, f64(b).sum(axis=1), 0), "bfloat16")
     assert_close(grads[1], np.broadcast_to(f64(a).sum(axis=0)[:, None], b.shape), "bfloat16")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("plan", GRADIENT_PLANS, ids=str)
+def test_gradients_of_every_plan_compiled_on_a_gpu(plan):
+    """Zeros in blocks of a [300, 520], which all these plans skip."""
+    a, b, weight = (normal(i, shape, "bfloat16") for i, shape in enumerate(((300, 520), (520, 264), (300, 264))))
+    tiles = np.random.default_rng(3).random((5, 9)) < 0.3
+    live = np.repeat(np.repeat(tiles, 64, axis=0), 64, axis=1)[:300, :520]
+    a = jnp.where(live, a, 0)
+
+    def loss(a, b):
+        return jnp.sum((weight * sparse_dot(a, b, plan=plan)).astype(jnp.float32))
+
+    grads = jax.jit(jax.grad(loss, argnums=(0, 1)))(a, b)
+    assert_close(grads[0], np.where(live, f64(weight) @ f64(b).T, 0), "bfloat16")
+    assert_close(grads[1], f64(a).T @ f64(weight), "bfloat16")
 
 
 def test_rows_over_several_devices():

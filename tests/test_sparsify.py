@@ -472,6 +472,27 @@ def test_rules(calls, x, w):
     assert asked(Rule("w2", "skip"), Rule("", "force")) == [found]  # the first that matches
 
 
+@pytest.mark.parametrize("sparse", ["a", "b"])
+def test_zeros_that_are_to_stay_get_no_gradient(x, w, sparse):
+    """By a rule, as pruned weights ask for; other operands, and what is not zero, get theirs."""
+    operands = {"a": x, "b": w}
+    mask = np.arange(operands[sparse].size).reshape(operands[sparse].shape) % 3 == 0
+    operands[sparse] = jnp.where(mask, operands[sparse], 0)
+    plan = Plan("k", MicroTile(1, 1))
+
+    def gradients(**options):
+        def loss(operands):
+            rule = Rule("", plan, sparse=sparse, **options)
+            return jnp.sum(jnp.sin(sparsify(lambda a, b: a @ b, rules=[rule])(operands["a"], operands["b"])))
+
+        return jax.grad(loss)(operands)
+
+    expected = jax.grad(lambda operands: jnp.sum(jnp.sin(operands["a"] @ operands["b"])))(operands)
+    assert_same(gradients(), expected)
+    expected[sparse] = jnp.where(mask, expected[sparse], 0)
+    assert_same(gradients(masked=True), expected)
+
+
 def test_both_operands_rich(calls, x, w):
     def fn(x, w):
         return relu(x) @ jnp.where(w > 0, w, 0)

@@ -28,7 +28,15 @@ from pallas_kernels.gather_matmul.config import Config, candidates, check_config
 from pallas_kernels.gather_matmul.mosaic import mosaic
 from pallas_kernels.gather_matmul.reference import reference, xla
 from pallas_kernels.micro_tile_index import MicroTileIndex
-from pallas_kernels.operands import check_implementation, check_index, check_operands, same_path, vary_together
+from pallas_kernels.operands import (
+    check_implementation,
+    check_index,
+    check_operands,
+    one_by_one,
+    same_path,
+    transposed,
+    vary_together,
+)
 
 DEVICES = ("NVIDIA H100", "NVIDIA H200")
 
@@ -56,18 +64,22 @@ def _backward(zero_elsewhere, config, implementation, residuals, g):
     from pallas_kernels.sampled_matmul import sampled_matmul  # here, since the three are each other's gradients
     from pallas_kernels.scatter_matmul import scatter_matmul
 
-    del zero_elsewhere, config
+    del config
     a_t, b, index = residuals
     no_grad = jax.tree.map(lambda x: jnp.zeros(x.shape, jax.dtypes.float0), index)
 
-    def columns_gradients(b, g, index):
-        grad_a_t = same_path(sampled_matmul, b, g, index, implementation=implementation)
+    def columns_gradients(b, g, index, zero_elsewhere=False):
+        single = one_by_one(index, a_t.shape[0])  # what the kernel of `sampled_matmul` takes
+        grad_a_t = same_path(sampled_matmul, b, g, single, implementation=implementation)
+        if index.cols > 1:  # blocks are blocks of A transposed too: no row of the result is a sum of stored parts
+            lists = transposed(index)
+            return grad_a_t, same_path(gather_matmul, a_t.T, g, lists, zero_elsewhere, implementation=implementation)
         return grad_a_t, same_path(scatter_matmul, a_t, g, index, implementation=implementation)
 
     if 0 in (*a_t.shape, b.shape[1]):
         return jnp.zeros_like(a_t), jnp.zeros_like(b), no_grad
     if index.out_cols is None:
-        return *columns_gradients(b, g, index), no_grad
+        return *columns_gradients(b, g, index, zero_elsewhere), no_grad
 
     n, width = b.shape[1], index.out_cols
     across = -(-n // width)

@@ -20,7 +20,15 @@ from jaxtyping import Array, Float
 
 from pallas_kernels import tuning
 from pallas_kernels.micro_tile_index import MicroTileIndex
-from pallas_kernels.operands import check_implementation, check_index, check_operands, same_path, vary_together
+from pallas_kernels.operands import (
+    check_implementation,
+    check_index,
+    check_operands,
+    in_pairs,
+    listed_mask,
+    same_path,
+    vary_together,
+)
 from pallas_kernels.scatter_matmul.cases import CASES, peers, work
 from pallas_kernels.scatter_matmul.mosaic import Config, candidates, check_config, check_support, mosaic
 from pallas_kernels.scatter_matmul.reference import reference, xla
@@ -54,8 +62,10 @@ def _backward(config, implementation, residuals, g):
     del config
     a, b, index = residuals
     grad_a = same_path(sampled_matmul, g, b, index, implementation=implementation)
-    grad_b = same_path(gather_matmul, a, g, index, implementation=implementation)
     no_grad = jax.tree.map(lambda x: jnp.zeros(x.shape, jax.dtypes.float0), index)
+    if index.rows % 64 == 32:  # the kernel of `gather_matmul` takes multiples of 64
+        a, index = jnp.where(listed_mask(index, *a.shape), a, 0), in_pairs(index)
+    grad_b = same_path(gather_matmul, a, g, index, implementation=implementation)
     return grad_a, grad_b, no_grad
 
 

@@ -42,7 +42,7 @@ def sparsify(
     compile nothing. It goes through `jax.grad`, `jax.vmap`, `jax.jit`, `lax.scan` and their NNX counterparts;
     differentiation is reverse-mode where `fn` holds such products. Gradients are those of `fn`: the sparse operand's is
     sparse as well behind jax.nn.relu, and a dense product where its zeros want a gradient too, as masked weights may
-    that start at zero. Modules among the arguments, and state that they
+    that start at zero (unless a rule says that they are to stay). Modules among the arguments, and state that they
     change (random streams, batch statistics), behave as under `nnx.jit`.
 
     Args:

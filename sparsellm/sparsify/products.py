@@ -34,6 +34,8 @@ class Rule:
         density: expected share of non-zeros of the sparse operand, 0 to 1; None if not known.
         sparse: the operand to take for sparse: "a" (left) or "b" (right). None: the one that is zero-rich, the left
             one where both are, or neither is and `action` is "force".
+        masked: a promise that the sparse operand's zeros are to stay, as those of pruned weights are while training:
+            micro-tiles that are all zero get no gradient, and that product skips them too.
 
     Raises:
         ValueError: an attribute is not one of the above.
@@ -43,6 +45,7 @@ class Rule:
     action: Literal["skip", "force"] | Plan | None = None
     density: float | None = None
     sparse: Side | None = None
+    masked: bool = False
 
     def __post_init__(self):
         try:
@@ -74,8 +77,8 @@ class Product:
         dtype: of the operands.
         sparse: the operand to look for zeros in: "a" (left), "b" (right), or None where the product stays as it is.
         why: where the zeros come from, or why it stays.
-        dead: whether the gradient of the sparse operand is needed only where it is not zero (`Fact.dead`); else that
-            gradient is a dense product.
+        dead: whether the gradient of the sparse operand is needed only where it is not zero (`Fact.dead`, or a rule
+            says so); else that gradient is a dense product.
         plan: how it runs; None leaves the choice to `sparse_dot`.
         density: the rule's.
     """
@@ -121,7 +124,7 @@ def describe(eqn: JaxprEqn, lhs: Fact, rhs: Fact, place: Place, rules: Sequence[
         dtype=str(_avals(eqn)[0].dtype),
         sparse=sparse,
         why=why,
-        dead={"a": lhs.dead, "b": rhs.dead, None: False}[sparse],
+        dead=sparse is not None and (rule.masked or {"a": lhs, "b": rhs}[sparse].dead),
         plan=rule.action if isinstance(rule.action, Plan) else None,
         density=rule.density,
     )
