@@ -32,7 +32,7 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from experiments import opt, options
+from experiments import opt, options, programs
 from experiments.records import Record, choose_records
 from experiments.runs import Row, Run, markdown_table
 from models import OPT
@@ -215,21 +215,12 @@ def _serve_compiled(serve_all: Callable[[], list[Answer]]) -> list[Answer]:
     Raises:
         RuntimeError: there is none among the first few.
     """
-    compiled = []
-
-    def count(event: str, *_, **__) -> None:
-        if event.endswith("backend_compile_duration"):
-            compiled.append(event)
-
-    jax.monitoring.register_event_duration_secs_listener(count)
-    try:
+    with programs.compilations() as compiled:
         for _ in range(MOST_TRIES):
             compiled.clear()
             answers = serve_all()
             if not compiled:
                 return answers
-    finally:
-        jax.monitoring.unregister_event_duration_listener(count)
     raise RuntimeError(f"serving the stream must compile nothing after {MOST_TRIES} times; it did each time")
 
 

@@ -1,8 +1,9 @@
-"""The time and the memory of a whole program, by the clock on the wall and by XLA's own account."""
+"""Whole programs: their time by the clock on the wall, their memory by XLA's own account, and what is compiled."""
 
+import contextlib
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -33,6 +34,22 @@ def compile_model(
     leaves, tree = jax.tree.flatten(state)  # a list is handed over quickly, a state in milliseconds
     call = jax.jit(lambda leaves, *arrays: function(nnx.merge(graphdef, jax.tree.unflatten(tree, leaves)), *arrays))
     return leaves, call.lower(leaves, *arrays).compile()
+
+
+@contextlib.contextmanager
+def compilations() -> Iterator[list[float]]:
+    """The seconds of every compilation inside of the block, as they come."""
+    compiled: list[float] = []
+
+    def count(event: str, seconds: float, **_) -> None:
+        if event.endswith("backend_compile_duration"):
+            compiled.append(seconds)
+
+    jax.monitoring.register_event_duration_secs_listener(count)
+    try:
+        yield compiled
+    finally:
+        jax.monitoring.unregister_event_duration_listener(count)
 
 
 def memory_gib(compiled: Any) -> float:

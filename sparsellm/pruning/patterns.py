@@ -161,13 +161,13 @@ def parse_pattern(text: str) -> Pattern:
 
 def lowest(scores: Float[Array, "*groups members others"], count: Array) -> Bool[Array, "*groups members others"]:
     """True for exactly `count` members of each group: the lowest; of equals the first ones, and NaN last."""
-    order = jnp.argsort(scores, axis=-2, stable=True)
-    chosen = jnp.broadcast_to((jnp.arange(scores.shape[-2]) < count)[:, None], scores.shape[-2:])
-    chosen = jnp.broadcast_to(chosen[(None,) * (scores.ndim - 2)], scores.shape)
-    places = list(jnp.indices(scores.shape, sparse=True))
-    places[-2] = order
+    by_group = scores.swapaxes(-1, -2)  # members last, as XLA's quicker sort has them
+    order = jnp.argsort(by_group, axis=-1, stable=True)
+    chosen = (jnp.arange(order.shape[-1]) < count).reshape((1,) * (order.ndim - 1) + (-1,))
+    places = (*jnp.indices(order.shape, sparse=True)[:-1], order)
     # Known to be distinct: else XLA, told to be deterministic as while training, sets one after the other.
-    return jnp.zeros(scores.shape, bool).at[tuple(places)].set(chosen, unique_indices=True)
+    lows = jnp.zeros(order.shape, bool).at[places].set(jnp.broadcast_to(chosen, order.shape), unique_indices=True)
+    return lows.swapaxes(-1, -2)
 
 
 def _count(sparsity: Sparsity, size: int) -> Array:
