@@ -41,9 +41,9 @@ def compilations() -> Iterator[list[float]]:
     """The seconds of every compilation inside of the block, as they come."""
     compiled: list[float] = []
 
-    def count(event: str, seconds: float, **_) -> None:
+    def count(event: str, duration_secs: float, **_) -> None:
         if event.endswith("backend_compile_duration"):
-            compiled.append(seconds)
+            compiled.append(duration_secs)
 
     jax.monitoring.register_event_duration_secs_listener(count)
     try:
