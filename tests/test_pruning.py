@@ -24,6 +24,7 @@ from sparsellm.pruning import MAGNITUDE, METHODS, NM, RIA, WANDA, Blocks, Sparse
 from sparsellm.pruning.calibrate import sum_inputs
 from sparsellm.pruning.gradual import GradualConfig, cubic_sparsity, gradually_pruned
 from sparsellm.pruning.owl import layer_sparsities, outlier_ratio
+from sparsellm.pruning.sparsegpt import inverse_factor
 from sparsellm.pruning.structured import parameter_importance
 from sparsellm.pruning.walk import prune_kernel
 from sparsellm.sparse_dot import sparse_dot
@@ -201,6 +202,36 @@ def test_sparsegpt_is_the_published_listing(d_in, block, nm):
     np.testing.assert_allclose(found, expected, atol=2e-4 * np.abs(expected).max())
     masked = np.where(expected != 0, w, 0)  # the update is what it is for
     assert np.linalg.norm(x @ (found - w)) < 0.9 * np.linalg.norm(x @ (masked - w))
+
+
+def test_sparsegpt_dampens_more_where_float32_has_no_cholesky_factor():
+    """Nearly parallel inputs: what 1e-9 means of the diagonal add is rounded away, as is 0.01 of 28,672 inputs."""
+    random = np.random.default_rng(0)
+    x = 1 + 1e-5 * random.normal(size=(300, 64))
+    w = random.normal(size=(64, 12))
+    gram = jnp.asarray(x.T @ x, jnp.float32)
+    unit = jnp.mean(jnp.diag(gram)) * jnp.eye(64)
+    ladder = 10.0 ** np.arange(-9, 1)
+    enough = next(damping for damping in ladder if np.isfinite(inverse_factor(gram + damping * unit)).all())
+    assert enough > 1e-9
+    found = run(SparseGPT(block_size=16, damping=1e-9), Unstructured(), w, x, 0.5)
+    np.testing.assert_allclose(
+        found, run(SparseGPT(block_size=16, damping=enough), Unstructured(), w, x, 0.5), atol=1e-3
+    )
+    assert (found == 0).mean() == 0.5
+    assert np.linalg.norm(x @ (found - w)) < 0.1 * np.linalg.norm(x @ (np.where(found != 0, w, 0) - w))
+
+
+def test_weights_that_would_not_be_finite_are_refused():
+    model = tiny_opt()
+    broken: Any = model.layers[1].fc1.kernel
+    broken[...] = broken[...].at[3, 2].set(jnp.nan)
+    before = kernels(model)
+    with pytest.raises(
+        ValueError, match=r"weights must be finite, those of layers\.1\.fc1\.kernel pruned by .* are not"
+    ):
+        prune(model, MAGNITUDE, sparsity=0.5)
+    np.testing.assert_array_equal(kernels(model)["layers.1.fc1.kernel"], before["layers.1.fc1.kernel"])
 
 
 @pytest.mark.parametrize("nm", [None, (2, 4)])

@@ -30,7 +30,7 @@ class SparseGPT:
 
     Attributes:
         block_size: inputs whose mask is chosen, and whose errors are passed on, at once (n:m chooses every m).
-        damping: what is added to the Hessian's diagonal, in means of it.
+        damping: what is added to the Hessian's diagonal, in means of it, at most 1; see `damped_factor`.
     """
 
     block_size: int = 128
@@ -40,8 +40,8 @@ class SparseGPT:
     def __post_init__(self):
         if self.block_size < 1:
             raise ValueError(f"block_size must be at least 1; got block_size={self.block_size}")
-        if not self.damping > 0:
-            raise ValueError(f"damping must be positive, or H may have no inverse; got damping={self.damping}")
+        if not 0 < self.damping <= 1:
+            raise ValueError(f"damping must be above 0, or H may have no inverse, to 1; got damping={self.damping}")
 
     def check(self, pattern: Pattern) -> None:
         """Raises ValueError unless a block holds whole groups of the pattern."""
@@ -56,8 +56,7 @@ class SparseGPT:
             raise ValueError(f"inputs must hold X^T X; got {inputs}")
         dead = jnp.diag(inputs.gram) == 0
         hessian = inputs.gram + jnp.diag(dead.astype(jnp.float32))
-        hessian += self.damping * jnp.mean(jnp.diag(hessian)) * jnp.eye(len(hessian))
-        factor = inverse_factor(hessian)
+        factor = damped_factor(hessian, self.damping)
         step = functools.partial(_prune_block, factor=factor, pattern=pattern, sparsity=sparsity)
         whole, rest = divmod(kernel.shape[0], self.block_size)
         kernel = jnp.where(dead[:, None], 0, kernel)
@@ -65,6 +64,25 @@ class SparseGPT:
             size = self.block_size
             kernel = lax.fori_loop(0, whole, lambda i, w: step(w, start=i * size, size=size), kernel)
         return step(kernel, start=whole * self.block_size, size=rest) if rest else kernel
+
+
+def damped_factor(hessian: Float[Array, "n n"], damping: float) -> Float[Array, "n n"]:
+    """`inverse_factor` with `damping` means of the diagonal added to it, and ten times as much as long as it has none.
+
+    Where inputs are many and nearly parallel, as after a deep model's ReLU, the largest eigenvalue is n means, of which
+    float32 rounds the published 0.01 away: Cholesky then ends in NaN. All NaN where one mean is not enough.
+    """
+    mean = jnp.mean(jnp.diag(hessian))
+
+    def fails(carry):
+        damping, factor = carry
+        return ~jnp.isfinite(factor).all() & (damping < 2)
+
+    def more(carry):
+        damping, _ = carry
+        return 10 * damping, inverse_factor(hessian + damping * mean * jnp.eye(len(hessian)))
+
+    return lax.while_loop(fails, more, (jnp.float32(damping), jnp.full_like(hessian, jnp.nan)))[1]
 
 
 def inverse_factor(hessian: Float[Array, "n n"]) -> Float[Array, "n n"]:

@@ -155,7 +155,7 @@ def prune(
 
     Raises:
         ValueError: arguments do not fit together; raised before anything is pruned. Or a kernel's inputs are not
-            finite; the blocks before it are pruned then.
+            finite, or its weights would not be; what comes before it is pruned then.
     """
     sparsities = _sparsities(model, method, pattern, sparsity, windows, errors, select)
     needs: Needs = "gram" if errors else method.needs
@@ -174,9 +174,14 @@ def prune(
             inputs = block.inputs(needs) if kernels and needs != "nothing" else {}
             for name, kernel in kernels.items():
                 target = jnp.float32(sparsities[name])
-                # What the kernel was, and its inputs' sums, are freed: nothing else holds them.
-                kernel[...], error = prune_kernel(method, pattern, errors, kernel[...], inputs.pop(name, None), target)
-                new.append({"layer": name, "sparsity": float(_zeros(kernel[...])) / kernel.size})
+                # Its inputs' sums are freed then, and so is what the kernel was: nothing else holds them.
+                pruned, error = prune_kernel(method, pattern, errors, kernel[...], inputs.pop(name, None), target)
+                zeros, finite = jax.device_get(_zeros_and_finite(pruned))
+                if not finite:
+                    why = "its own are not all finite, or the method has no answer for its inputs"
+                    raise ValueError(f"weights must be finite, those of {name} pruned by {method} are not: {why}")
+                kernel[...] = pruned
+                new.append({"layer": name, "sparsity": float(zeros) / kernel.size})
                 new[-1] |= {"error": float(error)} if errors else {}
             if path is not None:
                 _save(path, kernels, run, new)
@@ -208,8 +213,8 @@ def prune_kernel(
 
 
 @jax.jit
-def _zeros(kernel: Array) -> Array:
-    return jnp.sum(kernel == 0, dtype=jnp.int32)
+def _zeros_and_finite(kernel: Array) -> tuple[Array, Array]:
+    return jnp.sum(kernel == 0, dtype=jnp.int32), jnp.isfinite(kernel).all()
 
 
 @functools.partial(jax.jit, static_argnums=0)
