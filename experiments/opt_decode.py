@@ -62,6 +62,7 @@ class Config:
         profile: of random weights: a CSV file with the columns model, layer, batch, active_neurons, total_neurons.
         rank: of random predictors.
         predictor_bits: 8 to keep a predictor's weights in a byte each, 16 to leave them as they are.
+        per_sequence: whether each sequence computes its own neurons only, or those of the batch, which are read anyway.
         dtype: of weights and activations.
         context: tokens that each sequence has.
         steps: of a chunk.
@@ -78,6 +79,7 @@ class Config:
     profile: Path | None = None
     rank: int = 1024
     predictor_bits: Literal[8, 16] = 8
+    per_sequence: bool = False
     dtype: str = "bfloat16"
     context: int = 128
     steps: int = 32
@@ -167,7 +169,7 @@ def measure_batch(config: Config, model: OPT, name: str, batch: int) -> list[Row
     time_ms, rows = opt.time_decode(model, batch, **timed)
     dense = row | {"variant": "dense", "time_ms": time_ms, **bound(model, rows, None)}
     del rows
-    lists = with_predictors(model, opt.make_predictors(config, model, batch))
+    lists = with_predictors(model, opt.make_predictors(config, model, batch), per_sequence=config.per_sequence)
     time_ms, rows = opt.time_decode(lists, batch, **timed)
     tokens = random_tokens(model.config, (batch, 1), jax.random.key(config.seed))
     error, density = check_lists(lists, tokens, rows.cache)
@@ -175,11 +177,12 @@ def measure_batch(config: Config, model: OPT, name: str, batch: int) -> list[Row
         raise RuntimeError(f"{name}, batch {batch}: what lists give differs by {error:.1e} from what they should")
     sparse = row | {"variant": "sparse", "time_ms": time_ms, **bound(lists, rows, density)}
     sparse |= {"density": round(statistics.mean(density), 4), "predictor_bits": config.predictor_bits, "error": error}
+    sparse |= {"per_sequence": config.per_sequence}
     return [dense, sparse]
 
 
 def check_lists(model: OPT, tokens: Int[Array, "batch 1"], cache: KVCache) -> tuple[float, list[float]]:
-    """The relative RMS error of what all blocks give for one token a row, and the share of their neurons listed.
+    """The relative RMS error of what all blocks give for one token a row, and the share of neurons listed for any row.
 
     Layer by layer, so that one small program serves them all.
     """
@@ -205,7 +208,7 @@ def _checked(graphdef, state, x: Float[Array, "batch 1 d_model"], places: Places
     h = jnp.where(fires, ACTIVATIONS[layer.config.activation](y @ w1 + b1[None, None]), 0)
     expected = h @ w2 + b2[None, None]
     wrong = jnp.sum((found["ffn_output"].astype(jnp.float32) - expected) ** 2)
-    return x, wrong, jnp.sum(expected**2), jnp.mean(fires, dtype=jnp.float32)
+    return x, wrong, jnp.sum(expected**2), jnp.mean(fires.any(axis=0), dtype=jnp.float32)
 
 
 def bound(model: OPT, rows: Rows, density: list[float] | None) -> Row:

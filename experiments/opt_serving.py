@@ -67,6 +67,7 @@ class Config:
         prefill_sizes: tokens that are read together.
         rank: of random predictors.
         predictor_bits: 8 to keep a predictor's weights in a byte each, 16 to leave them as they are.
+        per_sequence: whether each text computes its own neurons only, or those of all rows, which are read anyway.
         dtype: of weights and activations.
         samples: answers to check.
         seed: of weights and the choice of records.
@@ -86,6 +87,7 @@ class Config:
     prefill_sizes: tuple[int, ...] = (128, 512)
     rank: int = 128
     predictor_bits: Literal[8, 16] = 8
+    per_sequence: bool = False
     dtype: str = "bfloat16"
     samples: int = 2
     seed: int = 0
@@ -162,7 +164,8 @@ def variant_of(model: OPT, variant: str, config: Config) -> tuple[OPT, OPT]:
     if variant == "dense":
         return model, model
     predictors = opt.make_predictors(config, model, config.rows)
-    return with_predictors(model, predictors), with_predictors(model, predictors, "mask")
+    lists, mask = (with_predictors(model, predictors, p, per_sequence=config.per_sequence) for p in ("lists", "mask"))
+    return lists, mask
 
 
 class Drawn(nnx.Module):

@@ -23,18 +23,25 @@ ROUNDING = {"bfloat16": 2e-2, "float16": 5e-3, "float32": 1e-5}  # of logits, as
 
 
 def measure_decoding(
-    model: OPT, predictors: Sequence[Predictor], prompts: Int32[np.ndarray, "batch prompt"], new_tokens: int
+    model: OPT,
+    predictors: Sequence[Predictor],
+    prompts: Int32[np.ndarray, "batch prompt"],
+    new_tokens: int,
+    *,
+    per_sequence: bool = False,
 ) -> Row:
     """Wall-clock milliseconds a step of decoding, dense and over lists, and of predicting alone; and how many tokens
     of those that the lists write their simulation writes too.
 
-    Those are written once more, untimed, without TF32: of float32 it would leave less than tells a wrong list.
+    Those are written once more, untimed, without TF32: of float32 it would leave less than tells a wrong list. With
+    `per_sequence`, each sequence's simulation computes its own neurons only, else those of all.
 
     Raises:
         RuntimeError: the simulation prefers another token to one of the lists' by more than rounding.
     """
     fast = with_layout(model, neuron_major=True)
-    models = {"dense": model, "lists": with_predictors(fast, predictors, "lists")}
+    predicted = functools.partial(with_predictors, fast, predictors, per_sequence=per_sequence)
+    models = {"dense": model, "lists": predicted("lists")}
     milliseconds = {}
     for name, variant in models.items():
         continued = functools.partial(generate, variant, prompts.tolist(), max_new_tokens=new_tokens, eos_id=-1)
@@ -45,7 +52,7 @@ def measure_decoding(
     _, predicting = wall_clock(functools.partial(_predict, graphdef, new_tokens), [state, x], 3)
     with jax.default_matmul_precision("highest"):
         text = generate(models["lists"], prompts.tolist(), max_new_tokens=new_tokens, eos_id=-1)
-        same, margin = agreement(with_predictors(fast, predictors, "mask"), prompts, np.array(text, np.int32))
+        same, margin = agreement(predicted("mask"), prompts, np.array(text, np.int32))
     if not margin <= ROUNDING[fast.config.dtype]:
         raise RuntimeError(
             f"batch {len(prompts)}: lists write tokens that are behind by {margin:.1e} in their simulation"

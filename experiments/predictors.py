@@ -88,6 +88,8 @@ class Config:
         sparsities: of inputs, for TEAL.
         loss: the rise of perplexity that is allowed to the predictor that decodes.
         batches: sequences that decode together.
+        per_sequence: whether each of these computes its own neurons only, as where perplexity is measured; or those of
+            all of them, which are read anyway.
         prompt_tokens: of a window, to continue.
         new_tokens: to generate.
         seed: of the weights, the split, and the order of windows.
@@ -108,6 +110,7 @@ class Config:
     sparsities: tuple[float, ...] = (0.25, 0.4, 0.5)
     loss: float = 0.01
     batches: tuple[int, ...] = (1, 8)
+    per_sequence: bool = False
     prompt_tokens: int = 32
     new_tokens: int = 64
     seed: int = 0
@@ -369,7 +372,8 @@ def decode(config: Config, subject: Subject, run: Run) -> list[Row]:
         rows.append(common | {"batch": batch, **mean([row for row in layers if row["batch"] == batch]), **whole})
         if can_list(subject.model.config):
             prompts = subject.test[:batch, : config.prompt_tokens]
-            rows[-1] |= measure_decoding(subject.model, predictors, prompts, config.new_tokens)
+            asked = {"new_tokens": config.new_tokens, "per_sequence": config.per_sequence}
+            rows[-1] |= measure_decoding(subject.model, predictors, prompts, **asked)
     return rows
 
 

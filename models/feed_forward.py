@@ -2,7 +2,8 @@
 
     dense       fc2(a(fc1(x)))
     sparse      the same, where fc2 skips what no token of a block activates (`relu_matmul`, `gather_matmul`)
-    predicted   the neurons predicted for any token of a batch, whose rows of both weights alone are read (`neuron_ffn`)
+    predicted   the neurons predicted for any token of a batch, of both weights no other rows are read (`neuron_ffn`);
+                each token computes all of them, or its own
 
 With a gate, fc2(a(fc1(x)) * fc1_up(x)). Source of predicted decoding: Liu et al., "Deja Vu" (ICML 2023), section 4.
 """
@@ -67,6 +68,7 @@ class FeedForward(nnx.Module):
         sparse_rows: tokens in a micro-tile, or None: see `OPTConfig`.
         predictor: which neurons a token will activate, or None: all are computed.
         prediction: what that is used for: see `models.opt.with_predictors`.
+        per_sequence: whether tokens that decode together compute their own neurons only: likewise.
     """
 
     def __init__(self, config: Any, layer: int, *, rngs: nnx.Rngs):
@@ -84,6 +86,7 @@ class FeedForward(nnx.Module):
         self.sparse_rows: int | None = config.rows(layer)
         self.predictor: Predictor | None = nnx.data(None)
         self.prediction: Prediction = "lists"
+        self.per_sequence = False
 
     def feed_forward(
         self,
@@ -117,21 +120,22 @@ class FeedForward(nnx.Module):
         if not everywhere and (x.shape[1] != 1 or x.shape[0] > MAX_BATCH):
             return None
         fires = self.predictor(entering if self.predictor.look_ahead else x) & mask[..., None]
-        fires = fires if everywhere else fires.any(axis=0, keepdims=True)
+        fires = fires if everywhere or self.per_sequence else fires.any(axis=0, keepdims=True)
         capture(self, "ffn_predicted", fires)
         return fires
 
-    def _listed(self, x: Float[Array, "batch 1 d_model"], fires: Bool[Array, "1 1 d_ff"]):
-        """Over the neurons that fire: no other row of the weights is read."""
+    def _listed(self, x: Float[Array, "batch 1 d_model"], fires: Bool[Array, "#batch 1 d_ff"]):
+        """Over the neurons that fire, for each token or for all: no other row of the weights is read."""
         rows = self.fc1.weight if self.config.neuron_major else self.fc1.kernel[...].T
         w1, b1, w2, b2 = (jnp.asarray(w, x.dtype) for w in (rows, self.fc1.bias, self.fc2.kernel, self.fc2.bias))
         b1 = b1 - SHIFT if self.config.activation == "shifted_relu" else b1
 
         def listed(x, fires, w1, b1, w2):
-            neurons, counts = compact(fires)
-            return neuron_ffn(x, w1, b1, w2, neurons[0], counts[0], LISTED[self.config.activation])
+            neurons, counts = compact(fires.any(axis=0, keepdims=True))
+            own = fires if len(fires) > 1 else None
+            return neuron_ffn(x, w1, b1, w2, neurons[0], counts[0], LISTED[self.config.activation], own)
 
-        y = sum_over_shards(listed, "ffn", (None, 1, 0, 0, 0), x[:, 0], fires[0], w1, b1, w2)
+        y = sum_over_shards(listed, "ffn", (None, 1, 0, 0, 0), x[:, 0], fires[:, 0], w1, b1, w2)
         return y[:, None] + b2[None, None]
 
     def _dense(self, x, mask, fires: Bool[Array, "#batch #length d_ff"] | None):

@@ -321,6 +321,7 @@ def with_predictors(
     prediction: Prediction = "lists",
     *,
     head_predictors: Sequence[Predictor | None] | None = None,
+    per_sequence: bool = False,
 ) -> OPT:
     """The same parameters, of which predicted neurons and heads alone are computed while decoding.
 
@@ -333,6 +334,9 @@ def with_predictors(
             "mask_everywhere": every call leaves out what is not predicted for each token itself, to measure quality.
         head_predictors: likewise of heads, of each row its own, in calls with one token a row behind a cache. They see
             what enters the layer or, with `look_ahead`, the one before.
+        per_sequence: with "lists" and "mask", each row computes only the neurons that are predicted for its own token,
+            so that what comes of it does not depend, but for rounding, on the rows beside it. The weights of the others
+            are read all the same, once for all rows. False: each computes what is predicted for any.
 
     Raises:
         ValueError: the predictors are of another model, `prediction` is unknown, or `neuron_ffn` does not know the
@@ -351,7 +355,7 @@ def with_predictors(
     head_predictors = _fitting(config, "head_predictor", head_predictors, heads, "heads")
     predicted = nnx.merge(*nnx.split(model))
     for layer, predictor, head_predictor in zip(predicted.layers, predictors, head_predictors, strict=True):
-        layer.predictor, layer.prediction = nnx.data(predictor), prediction
+        layer.predictor, layer.prediction, layer.per_sequence = nnx.data(predictor), prediction, per_sequence
         layer.self_attn.predictor, layer.self_attn.prediction = nnx.data(head_predictor), prediction
     return predicted
 

@@ -18,7 +18,7 @@ from pallas_kernels.workbench.interpreter import run_interpreted
 
 ACTIVATIONS = {
     "relu": lambda x: np.maximum(x, 0),
-    "gelu": lambda x: x * (1 + np.vectorize(math.erf)(x / math.sqrt(2))) / 2,
+    "gelu": lambda x: x * (1 + np.vectorize(math.erf, otypes=[float])(x / math.sqrt(2))) / 2,
     "gelu_tanh": lambda x: x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))) / 2,
     "silu": lambda x: x / (1 + np.exp(-x)),
 }
@@ -39,8 +39,25 @@ def problem(seed: int, count: int, *, batch=2, d_model=16, d_ff=600, capacity=No
     return x, w1, b1 if bias else None, w2, jnp.asarray(neurons, jnp.int32), jnp.int32(count)
 
 
-def expected(x, w1, b1, w2, neurons, count, activation="relu") -> np.ndarray:
+def own_lists(seed: int, args, share: float = 0.5) -> jax.Array:
+    """Of each token a random share of the neurons; of every third one none, of every other third one all.
+
+    Most neurons, the listed ones among them too, are nobody's own but those of the tokens that have all.
+    """
+    rng = np.random.default_rng(seed + 1000)
+    batch, d_ff = len(args[0]), len(args[1])
+    own = rng.random((batch, d_ff)) < share * rng.integers(2, size=d_ff)
+    own[1::3], own[2::3] = False, True
+    return jnp.asarray(own)
+
+
+def expected(x, w1, b1, w2, neurons, count, activation="relu", own=None) -> np.ndarray:
+    """With `own`, each token alone, with its own list."""
     listed = np.asarray(neurons)[: int(count)]
+    if own is not None:
+        lists = [jnp.asarray([f for f in listed if row[f]], jnp.int32) for row in np.asarray(own)]
+        rows = [expected(x[i : i + 1], w1, b1, w2, row, len(row), activation) for i, row in enumerate(lists)]
+        return np.concatenate(rows)
     x, w1, w2 = (np.asarray(a, np.float64) for a in (x, w1[listed], w2[listed]))
     h = x @ w1.T + (0 if b1 is None else np.asarray(b1[listed], np.float64))
     return ACTIVATIONS[activation](h) @ w2
@@ -67,6 +84,64 @@ def test_any_count(seed, count, path):
     """One that is more than the list has counts all of it."""
     args = problem(seed, count)
     assert_close(_run(path, *args), expected(*args), 1e-6)
+
+
+@settings(max_examples=15)
+@given(
+    seed=st.integers(0, 2**16),
+    count=st.one_of(st.sampled_from((0, 1, 255, 256, 257, 600, 10**6)), st.integers(0, 600)),
+    batch=st.sampled_from((1, 3, 8, 32)),
+    path=st.sampled_from((_chunks, _at_once)),
+)
+def test_each_token_computes_its_own_list_as_if_alone(seed, count, batch, path):
+    args = problem(seed, count, batch=batch)
+    own = own_lists(seed, args)
+    assert_close(_run(path, *args, own), expected(*args, own=own), 1e-6)
+
+
+@pytest.mark.parametrize("batch", [3, 40])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_own_lists_by_every_activation(activation, batch):
+    """Those that are not zero at the bias too; and more tokens than the kernels take."""
+    args = problem(17, 40, batch=batch, d_ff=64, capacity=50)
+    own = own_lists(17, args)
+    out = neuron_ffn(*args, activation, own)
+    assert not np.asarray(out[1]).any()  # whose list is empty, beside one that has all
+    assert_close(out, expected(*args, activation, own), 1e-6)
+
+
+def test_a_token_is_given_what_it_is_given_alone():
+    """Whatever the tokens beside it are and list; the whole list as everybody's own is no lists at all."""
+    x, w1, b1, w2, neurons, count = args = problem(18, 300, batch=8)
+    own = own_lists(18, args)
+
+    def block(x, own):
+        return neuron_ffn(x, w1, b1, w2, neurons, count, own=own)
+
+    together = block(x, own)
+    for i in range(8):
+        alone = block(x[i : i + 1], own[i : i + 1])
+        assert_close(together[i : i + 1], np.asarray(alone, np.float64), 1e-6)
+    beside = block(jnp.full_like(x, jnp.nan).at[3].set(x[3]), jnp.ones_like(own).at[3].set(own[3]))
+    assert_close(beside[3:4], np.asarray(together[3:4], np.float64), 1e-6)
+    np.testing.assert_array_equal(neuron_ffn(*args, own=jnp.ones_like(own)), neuron_ffn(*args))
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_what_is_not_finite_is_seen_by_the_tokens_whose_own_it_is(value, activation):
+    """In w1 and b1; of w2 it is seen by all, as in the dense block."""
+    x, w1, b1, w2, neurons, count = args = problem(19, 10, batch=6)
+    assert b1 is not None
+    one = int(neurons[4])
+    own = own_lists(19, args).at[:, one].set(jnp.arange(6) == 3)
+    clean, others = np.asarray(neuron_ffn(*args, activation, own)), np.arange(6) != 3
+    for broken in ((w1.at[one].set(value), b1), (w1, b1.at[one].set(value))):
+        out = np.asarray(neuron_ffn(x, *broken, w2, neurons, count, activation, own))
+        np.testing.assert_array_equal(out[others], clean[others])
+        assert not (np.isnan(value) and np.isfinite(out[3]).any())
+    broken_w2 = w2.at[one].set(value)
+    assert np.isnan(neuron_ffn(x, w1, b1, broken_w2, neurons, count, activation, own)[others]).all()
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -103,12 +178,13 @@ def test_what_is_not_finite_in_a_listed_row_is_seen():
 def test_new_lists_compile_nothing_and_ask_the_host_nothing():
     traces = []
 
-    @jax.jit
+    @functools.partial(jax.jit, static_argnums=6)
     def block(*args):
         traces.append(None)
         return neuron_ffn(*args)
 
     variants = [problem(seed, count) for seed, count in ((4, 600), (5, 0), (6, 300))]
+    variants = [(*args, "relu", own_lists(seed, args)) for seed, args in enumerate(variants)]
     with jax.transfer_guard("disallow"):
         outputs = [block(*args) for args in variants]
     assert len(traces) == 1
@@ -117,7 +193,7 @@ def test_new_lists_compile_nothing_and_ask_the_host_nothing():
 
 
 def test_under_shard_map_neurons_are_split_over_devices():
-    x, w1, b1, w2, neurons, count = problem(7, 100)
+    x, w1, b1, w2, neurons, count = args = problem(7, 100)
     mesh = jax.make_mesh((1,), ("d_ff",), axis_types=(jax.sharding.AxisType.Auto,))
 
     def block(x, w1, b1, w2, neurons, count):
@@ -126,6 +202,13 @@ def test_under_shard_map_neurons_are_split_over_devices():
     split = jax.shard_map(block, mesh=mesh, in_specs=(P(), *[P("d_ff")] * 5), out_specs=P())
     out = jax.jit(split)(x, w1, b1, w2, neurons, count[None])
     assert_close(out, expected(x, w1, b1, w2, neurons, count), 1e-6)
+
+    def with_own(x, w1, b1, w2, neurons, count, own):
+        return jax.lax.psum(neuron_ffn(x, w1, b1, w2, neurons, count[0], own=own), "d_ff")
+
+    split = jax.shard_map(with_own, mesh=mesh, in_specs=(P(), *[P("d_ff")] * 5, P(None, "d_ff")), out_specs=P())
+    own = own_lists(7, args)
+    assert_close(jax.jit(split)(x, w1, b1, w2, neurons, count[None], own), expected(*args, own=own), 1e-6)
 
 
 def test_under_x64_and_from_numpy(unchecked):
@@ -159,6 +242,8 @@ def test_a_gradient_is_refused_in_words():
         ({"b1": jnp.ones(16)}, r"b1 must be float32\[600\]; got float32\[16\]"),
         ({"neurons": jnp.ones(5)}, r"neurons must be int32 of rank 1; got float32\[5\]"),
         ({"count": jnp.ones(1, jnp.int32)}, r"count must be int32 of rank 0; got int32\[1\]"),
+        ({"own": jnp.ones((2, 599), bool)}, r"own must be bool\[2, 600\]; got bool\[2, 599\]"),
+        ({"own": jnp.ones((2, 600))}, r"own must be bool\[2, 600\]; got float32\[2, 600\]"),
         ({"activation": "tanh"}, "activation must be one of relu, .*; got 'tanh'"),
         ({"implementation": "triton"}, "implementation must be .*; got 'triton'"),
         ({"config": Config(consumers=4)}, "consumers must be 1, 2 or 3; got consumers=4"),
@@ -234,10 +319,41 @@ def test_two_launches_read_only_what_is_listed():
     assert_close(out, expected(*args), 1e-2)
 
 
+@pytest.mark.parametrize(("consumers", "bias"), [(1, True), (3, False)])
+def test_one_launch_computes_the_token_s_own(consumers, bias):
+    """The list is longer: of a neuron that is not the token's own, w1 and b1 are NaN and w2 is not."""
+    x, w1, b1, w2, neurons, count = args = problem(
+        20, 11, batch=1, d_model=128, d_ff=30, capacity=14, dtype=jnp.bfloat16, bias=bias
+    )
+    own = own_lists(20, args, share=1.0)
+    assert 0 < own[0, neurons[:11]].sum() < 11
+    w1 = jnp.where(own[0, :, None], w1, jnp.nan)
+    b1 = None if b1 is None else jnp.where(own[0], b1, jnp.nan)
+    args, config = (x, w1, b1, w2, neurons, count, "silu", own), Config(consumers=consumers)
+    out = run_interpreted(lambda: neuron_ffn(*args, config=config, implementation="interpret"))
+    assert_close(out, expected(*args), 1e-2)
+
+
+@pytest.mark.parametrize(("batch", "bias"), [(3, True), (8, False), (32, True)])
+def test_two_launches_compute_each_token_s_own(batch, bias):
+    """NaN in w1 and b1 of a neuron that is only the last token's own, whose result alone has it."""
+    x, w1, b1, w2, neurons, count = args = problem(21, 70, batch=batch, d_model=128, d_ff=90, dtype=jnp.bfloat16)
+    one = int(neurons[66])
+    own = own_lists(21, args).at[:, one].set(jnp.arange(batch) == batch - 1)
+    w1 = w1.at[one].set(jnp.nan)
+    b1 = b1.at[one].set(jnp.nan) if bias and b1 is not None else None
+    args = x, w1, b1, w2, neurons, count, "gelu", own
+    config = Config(up_columns=128, up_splits=1, down_columns=128, down_splits=2)
+    out = run_interpreted(lambda: neuron_ffn(*args, config=config, implementation="interpret"))
+    assert np.isnan(out[-1]).all()
+    assert_close(out[:-1], expected(*args)[:-1], 1e-2)
+
+
 def test_work_counts_what_is_listed():
     args = problem(14, 7, batch=2, d_model=16, dtype=jnp.bfloat16)
     assert work(*args).flops == 4 * 2 * 7 * 16
     assert work(*args).bytes == 2 * (2 * 7 * 16 + 2 * 2 * 16 + 7) + 4 * 8
+    assert work(*args, own=own_lists(14, args)).bytes == work(*args).bytes + 2 * 7
 
 
 def test_dense_peer_is_the_whole_block():
@@ -258,6 +374,23 @@ def test_compiled_kernels_give_equal_bits_and_read_only_what_is_listed(batch, co
     args = problem(16, count, batch=batch, d_model=1024, d_ff=4000, dtype=jnp.bfloat16)
     for config in candidates(*args):
         block = jax.jit(functools.partial(neuron_ffn, config=config, implementation="mosaic_gpu"))
+        first, second = block(*args), block(*args)
+        assert_close(first, expected(*args), 1e-2)
+        np.testing.assert_array_equal(np.asarray(first, np.float32), np.asarray(second, np.float32))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("batch", [1, 2, 8, 17, 32])
+@pytest.mark.parametrize("count", [0, 1, 133, 1500, 4000])
+def test_compiled_kernels_compute_each_token_s_own(batch, count):
+    """As if alone; w1 is NaN where nobody's own lies, and equal inputs give equal bits."""
+    args = problem(22, count, batch=batch, d_model=1024, d_ff=4000, dtype=jnp.bfloat16)
+    x, w1, b1, w2, neurons, count = args
+    own = own_lists(22, args) & (jnp.arange(4000) % 3 > 0)[None]
+    args = x, jnp.where(own.any(axis=0)[:, None], w1, jnp.nan), b1, w2, neurons, count, "gelu", own
+    for config in candidates(*args):
+        block = functools.partial(neuron_ffn, config=config, implementation="mosaic_gpu")
+        block = jax.jit(block, static_argnums=6)
         first, second = block(*args), block(*args)
         assert_close(first, expected(*args), 1e-2)
         np.testing.assert_array_equal(np.asarray(first, np.float32), np.asarray(second, np.float32))

@@ -1,6 +1,7 @@
 """Decoding over predicted neurons: models/feed_forward.py and `with_predictors`, against plain formulas."""
 
 import dataclasses
+import functools
 import os
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from models import OPT, OPTConfig, load_opt, save_hf, save_opt
 from models.opt import with_layout, with_predictors
 from sparsellm.generation import generate
 from sparsellm.predictors import LowRankPredictor
+from sparsellm.serving import Request, serve
 
 CONFIG = OPTConfig(vocab_size=61, layers=2, d_model=16, heads=2, d_ff=48, max_length=64, neuron_major=True)
 PROMPTS = [[2, 9, 31], [2, 40], [2, 5, 17, 23, 8]]
@@ -125,26 +127,56 @@ def test_lists_that_hold_every_firing_neuron_generate_the_tokens_of_dense_decodi
         assert dense == generate(with_predictors(model, oracle), PROMPTS, max_new_tokens=12, eos_id=-1)
 
 
+@pytest.mark.parametrize("per_sequence", [False, True])
 @pytest.mark.parametrize("prediction", ["lists", "mask"])
 @pytest.mark.parametrize("kind", ["random", "none"])
-def test_a_batch_computes_the_union_of_what_its_rows_need(model, kind, prediction):
+def test_a_batch_computes_the_union_of_what_its_rows_need_or_each_row_its_own(model, kind, prediction, per_sequence):
     """Against float64 numpy; a K of 0 leaves the bias of fc2."""
     rows = [[2, 9, 31, 7, 5], [2, 40, 3, 3, 19]]
     tokens = jnp.array(rows)
     chosen = predictors(model, kind, look_ahead=True)
     # What the predictor of layer 0 sees is plain; layer 1's takes all or nothing, whatever it sees.
     chosen[1].threshold.set_value(jnp.float32(-np.inf if kind == "random" else np.inf))
-    predicted = with_predictors(model, chosen, prediction)
+    predicted = with_predictors(model, chosen, prediction, per_sequence=per_sequence)
     logits = decode_once(*nnx.split(predicted), tokens[:, :-1], tokens[:, -1:])
     embedding, positions = (
         np.asarray(e.embedding[...], np.float64) for e in (model.embed_tokens, model.embed_positions)
     )
     entering = embedding[[row[-1] for row in rows]] + positions[2 + 4]
     scores = entering @ np.asarray(chosen[0].down[...], np.float64) @ np.asarray(chosen[0].up[...], np.float64)
-    union = (scores > float(chosen[0].threshold[...])).any(axis=0)
-    assert 0 < union.sum() < 48 if kind == "random" else not union.any()
-    masks = [union, np.full(48, kind == "random")]
-    np.testing.assert_allclose(logits, numpy_logits(model, rows, masks), atol=2e-4)
+    own = scores > float(chosen[0].threshold[...])
+    union = own.any(axis=0)
+    assert 0 < own[0].sum() < union.sum() < 48 if kind == "random" else not union.any()
+    for row, tokens_of_row in enumerate(rows):
+        masks = [own[row] if per_sequence else union, np.full(48, kind == "random")]
+        np.testing.assert_allclose(logits[row], numpy_logits(model, [tokens_of_row], masks)[0], atol=2e-4)
+
+
+def test_by_its_own_neurons_a_prompt_is_continued_as_if_alone(model):
+    """By lists, served too, and by their simulation; by the union of a batch it is not."""
+    continued: Any = functools.partial(generate, max_new_tokens=12, eos_id=-1)
+    chosen = predictors(model, "random", look_ahead=True)
+    union, lists = (with_predictors(model, chosen, per_sequence=per_sequence) for per_sequence in (False, True))
+    mask = with_predictors(model, chosen, "mask", per_sequence=True)
+    alone = [continued(union, [prompt])[0] for prompt in PROMPTS]
+    assert alone == continued(lists, PROMPTS) == continued(mask, PROMPTS)
+    requests = [Request(prompt=prompt, max_new_tokens=12, eos_id=-1) for prompt in PROMPTS]
+    served = serve(lists, requests, rows=2, cache_length=24, steps=4, prefill_sizes=(24,))
+    assert alone == [answer.tokens for answer in served]
+    assert alone != continued(union, PROMPTS)
+
+
+def test_a_row_that_has_ended_has_no_neurons_of_its_own(model):
+    predicted = with_predictors(model, predictors(model, "random"), per_sequence=True)
+    tokens, mask = jnp.array([[7], [9], [40]]), jnp.array([[True], [False], [True]])
+
+    @jax.jit(static_argnums=0)
+    def listed(graphdef, state):
+        _, captured = nnx.capture(nnx.merge(graphdef, state), nnx.Intermediate)(tokens, mask=mask)
+        return captured["layers"][0]["ffn_predicted"][0]
+
+    fires = np.asarray(listed(*nnx.split(predicted)))
+    assert fires.shape == (3, 1, 48) and not fires[1].any() and fires[0].any() and (fires[0] != fires[2]).any()
 
 
 @pytest.fixture(scope="module")
@@ -339,21 +371,26 @@ sizes = {"vocab_size": 64, "layers": 1, "d_model": 16, "heads": 2, "d_ff": 48, "
 config = OPTConfig(**sizes, neuron_major=True, init_std=0.3)
 predictor = LowRankPredictor(16, 3, 48, threshold=0.2, look_ahead=True, rngs=nnx.Rngs(1))
 heads = LowRankPredictor(16, 3, 2, rngs=nnx.Rngs(1))
-whole, cut = (
-    nnx.split(with_predictors(
-        create_model(lambda: OPT(config, rngs=nnx.Rngs(0)), devices), [predictor], head_predictors=[heads]
-    ))
-    for devices in (None, mesh)
-)
-cache = nnx.merge(*whole).init_cache(2, 3)
-cache = cache._replace(keys=(cache.keys[0] + 1,), values=(cache.values[0] + 1,), filled=cache.filled + 1)
-run = jax.jit(lambda graphdef, state, tokens: nnx.merge(graphdef, state)(tokens, cache=cache)[0], static_argnums=0)
-tokens = np.array([[2], [40]])
-expected = run(*whole, tokens)
-with jax.set_mesh(mesh):
-    np.testing.assert_allclose(run(*cut, tokens), expected, atol=1e-5)
-    program = run.lower(*cut, tokens).compile().as_text()
-assert "f32[48,16]" not in program, "the weights are gathered"
+results = []
+for per_sequence in (False, True):
+    whole, cut = (
+        nnx.split(with_predictors(
+            create_model(lambda: OPT(config, rngs=nnx.Rngs(0)), devices), [predictor], head_predictors=[heads],
+            per_sequence=per_sequence,
+        ))
+        for devices in (None, mesh)
+    )
+    cache = nnx.merge(*whole).init_cache(2, 3)
+    cache = cache._replace(keys=(cache.keys[0] + 1,), values=(cache.values[0] + 1,), filled=cache.filled + 1)
+    run = jax.jit(lambda graphdef, state, tokens: nnx.merge(graphdef, state)(tokens, cache=cache)[0], static_argnums=0)
+    tokens = np.array([[2], [40]])
+    expected = run(*whole, tokens)
+    with jax.set_mesh(mesh):
+        np.testing.assert_allclose(run(*cut, tokens), expected, atol=1e-5)
+        program = run.lower(*cut, tokens).compile().as_text()
+    assert "f32[48,16]" not in program, "the weights are gathered"
+    results.append(expected)
+assert not np.allclose(*results, atol=1e-3), "rows have no neurons of their own"
 print("sharded")
 """
 

@@ -62,6 +62,19 @@ def test_neurons_that_a_list_loses_are_found(lost, monkeypatch):
     assert shares == [1] and (error > 1e-2) == bool(lost)
 
 
+@pytest.mark.parametrize("per_sequence", [False, True])
+def test_blocks_are_checked_by_the_neurons_of_each_row_and_the_share_read_for_all(per_sequence):
+    config = OPTConfig(vocab_size=31, layers=1, d_model=8, heads=2, d_ff=16, max_length=8, neuron_major=True)
+    model = random_model(config)
+    predictor = LowRankPredictor(8, 2, 16, threshold=0.3, look_ahead=True, rngs=nnx.Rngs(0))
+    lists, tokens = with_predictors(model, [predictor], per_sequence=per_sequence), jnp.array([[3], [9], [20]])
+    error, shares = opt_decode.check_lists(lists, tokens, model.init_cache(3, 4))
+    entering = model.embed_tokens.embedding[...][tokens[:, 0]] + model.embed_positions.embedding[2][None]
+    fires = np.asarray(predictor(entering))
+    assert fires[0].mean() < fires.any(axis=0).mean() < 1
+    assert error < 1e-5 and shares == [pytest.approx(fires.any(axis=0).mean())]
+
+
 def test_a_checkpoint_decodes_with_its_own_predictors(tmp_path, monkeypatch):
     model = random_model(opt.config_of("tiny", "float32"))
     made = [LowRankPredictor(16, 2, 64, threshold=threshold, rngs=nnx.Rngs(0)) for threshold in (-np.inf, np.inf)]
@@ -80,10 +93,11 @@ def test_a_checkpoint_decodes_with_its_own_predictors(tmp_path, monkeypatch):
     assert asked == 2 * [{"context": 8, "steps": 4, "repeats": 1, "seed": 0, "sampling": opt_decode.GREEDY}]
     served = []
     monkeypatch.setattr(opt_serving, "_measure", lambda config, *models: served.append(models) or {})
-    serve = dataclasses.replace(opt_serving.Config.smoke(), predictor_bits=16, **folders)
+    serve = dataclasses.replace(opt_serving.Config.smoke(), predictor_bits=16, per_sequence=True, **folders)
     assert [row["variant"] for row in opt_serving.measure(serve)] == ["dense", "sparse"]
     serving, reference, _ = served[1]
     assert (serving.layers[0].prediction, reference.layers[0].prediction) == ("lists", "mask")
+    assert serving.layers[0].per_sequence and reference.layers[0].per_sequence
     np.testing.assert_array_equal(serving.layers[0].predictor.down[...], made[0].down[...])
     with pytest.raises(ValueError, match="predictors must be a source's; got predictors=.* and no source"):
         opt_serving.measure(dataclasses.replace(serve, source=None))

@@ -81,6 +81,39 @@ def test_a_model_loses_what_heads_it_leaves_out():
         assert (found == pytest.approx(expected, rel=1e-4)) == same
 
 
+SMALL = OPTConfig(vocab_size=64, layers=2, d_model=16, heads=2, d_ff=32, max_length=16, init_std=0.3)
+
+
+def guesses(threshold: float = 0.2) -> list[LowRankPredictor]:
+    """Random predictors that name about a third of the neurons, others for each token."""
+    return [LowRankPredictor(16, 4, 32, threshold=threshold, rngs=nnx.Rngs(i)) for i in range(2)]
+
+
+def test_decoding_by_sequence_has_the_perplexity_that_is_measured_where_each_token_has_its_own_neurons():
+    """Windows together, a token at a time over lists; with the union of their neurons it is another."""
+    model, windows = OPT(SMALL, rngs=nnx.Rngs(0)), np.arange(52, dtype=np.int32).reshape(4, 13)
+    expected = perplexity(with_predictors(model, guesses(), "mask_everywhere"), windows).perplexity
+    for per_sequence in (True, False):
+        lists = with_predictors(model, guesses(), per_sequence=per_sequence)
+        found = predicted_decoding.decoded_perplexity(lists, windows, batch=4)
+        assert (found == pytest.approx(expected, rel=1e-5)) == per_sequence
+
+
+def test_decoding_by_sequence_is_simulated_by_sequence(monkeypatch):
+    asked = []
+
+    def recorded(model, predictors, prediction, **options):
+        asked.append((prediction, options))
+        return with_predictors(model, predictors, prediction, **options)
+
+    monkeypatch.setattr(predicted_decoding, "with_predictors", recorded)
+    monkeypatch.setattr(predicted_decoding, "wall_clock", lambda *_: (None, [1.0]))
+    prompts = np.array([[2, 9, 31], [2, 40, 3], [5, 6, 7]], np.int32)
+    row = predicted_decoding.measure_decoding(OPT(SMALL, rngs=nnx.Rngs(0)), guesses(), prompts, 4, per_sequence=True)
+    assert row["same_tokens"] == row["new_tokens"] == 12
+    assert asked == [("lists", {"per_sequence": True}), ("mask", {"per_sequence": True})]
+
+
 def test_a_text_that_the_model_did_not_write_is_found():
     config = OPTConfig(vocab_size=64, layers=1, d_model=16, heads=2, d_ff=32, max_length=16, init_std=0.3)
     model, tokens = OPT(config, rngs=nnx.Rngs(0)), np.arange(24, dtype=np.int32).reshape(2, 12)

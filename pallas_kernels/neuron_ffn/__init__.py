@@ -6,7 +6,9 @@ once, 2 * count * d_model values, and 4 an entry: at batch 1 and 5% of OPT-30B's
 H200 where the dense block takes 192.
 
 One token is one launch and XLA's sum of what blocks found (`fused`); 2 to 32 share the rows that any of them needs, in
-two launches on the tensor core (`batched`). There are no atomics: equal inputs give equal bits.
+two launches on the tensor core (`batched`). Where tokens have lists of their own, rows are read once all the same, and
+a byte for each token and entry says which activations are set to zero between the products. There are no atomics: equal
+inputs give equal bits.
 
 Sources: Deja Vu (ICML'23), section 4.4; PowerInfer (SOSP'24), neuron-aware operators.
 """
@@ -15,7 +17,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Bool, Float, Int32
 
 from pallas_kernels import tuning
 from pallas_kernels.neuron_ffn.batched import batched
@@ -30,16 +32,16 @@ DEVICES = ("NVIDIA H100", "NVIDIA H200")
 __all__ = ["CASES", "DEVICES", "Config", "candidates", "neuron_ffn", "peers", "reference", "work"]
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(6, 7, 8))
-def _neuron_ffn(x, w1, b1, w2, neurons, count, activation: str, config: Config | None, implementation: str | None):
+@functools.partial(jax.custom_jvp, nondiff_argnums=(7, 8, 9))
+def _neuron_ffn(x, w1, b1, w2, neurons, count, own, activation: str, config: Config | None, implementation: str | None):
     """The block by the Mosaic kernels, or by xla where there is no config."""
     if not x.size or not neurons.size or not w1.size:
         return jnp.zeros_like(x)
     with jax.enable_x64(False):  # under which a Python integer meets an int32 as one of its kind
         if config is None:
-            return xla(x, w1, b1, w2, neurons, count, activation).astype(x.dtype)
+            return xla(x, w1, b1, w2, neurons, count, own, activation).astype(x.dtype)
         launch = fused if x.shape[0] == 1 else batched
-        out = launch(x, w1, b1, w2, neurons, count, activation, config, implementation == "interpret")
+        out = launch(x, w1, b1, w2, neurons, count, own, activation, config, implementation == "interpret")
         return vary_together(x, out.astype(x.dtype))[1]  # under shard_map a kernel's output does not say that it varies
 
 
@@ -56,6 +58,7 @@ def neuron_ffn(
     neurons: Int32[Array, " capacity"],
     count: Int32[Array, ""],
     activation: str = "relu",
+    own: Bool[Array, "batch d_ff"] | None = None,
     *,
     config: Config | None = None,
     implementation: str | None = None,
@@ -64,7 +67,11 @@ def neuron_ffn(
 
     Rows of `w1` and `w2` that are not listed are not read. Accumulates in float32; activations are rounded to the
     dtype of `x` before they meet `w2`, as in the dense block. All tokens share the list: where each has its own, give
-    their union, which adds to a token only what the dense block would add too. Has no gradient.
+    their union, which adds to a token only what the dense block would add too; or with `own` nothing, so that a token's
+    result is, but for the order of sums, what it is alone. Has no gradient.
+
+    What is not finite in a listed row of `w1` or in its bias is seen by the tokens whose own the neuron is; in a listed
+    row of `w2` by all of them, as in the dense block, where 0 * NaN is NaN too.
 
     Args:
         x: the block's input, [batch, d_model]; bfloat16, float16 or float32.
@@ -74,6 +81,8 @@ def neuron_ffn(
         neurons: distinct rows, in any order; what follows the first `count` may be anything.
         count: how many count, up to the list's length.
         activation: "relu", "gelu", "gelu_tanh" or "silu".
+        own: which neurons are each token's own, by their rows: a listed one that is not counts as zero for it. None
+            where the whole list is everybody's.
         config: tiling of the Mosaic kernels; None takes the tuned one, or a heuristic.
         implementation: "mosaic_gpu" (Hopper, 16-bit types, 32 tokens at most), "xla" (anywhere), "interpret" (the
             Mosaic kernels on CPU under the race detector, slow), or None: the Mosaic kernels where they can run, else
@@ -87,8 +96,8 @@ def neuron_ffn(
     Source: Deja Vu (ICML'23), section 4.4.
     """
     x, w1, w2, neurons, count = (jnp.asarray(a) for a in (x, w1, w2, neurons, count))
-    b1 = None if b1 is None else jnp.asarray(b1)
-    _check_arguments(x, w1, b1, w2, neurons, count, activation)
+    b1, own = (None if a is None else jnp.asarray(a) for a in (b1, own))
+    _check_arguments(x, w1, b1, w2, neurons, count, activation, own)
     check_implementation(implementation)
     if config is not None:
         check_config(config)
@@ -99,15 +108,15 @@ def neuron_ffn(
         if config is not None:
             check_fits(config, *x.shape)
 
-    arguments = x, w1, b1, w2, neurons, count, activation
+    arguments = x, w1, b1, w2, neurons, count, activation, own
     config = tuning.choose_config(
         "neuron_ffn", Config, arguments, config, implementation, check=check, candidates=candidates
     )
-    arrays = vary_together(x, w1, b1, w2, neurons, count)
+    arrays = vary_together(x, w1, b1, w2, neurons, count, own)
     return _neuron_ffn(*arrays, activation, config, implementation)
 
 
-def _check_arguments(x, w1, b1, w2, neurons, count, activation: str) -> None:
+def _check_arguments(x, w1, b1, w2, neurons, count, activation: str, own) -> None:
     if x.ndim != 2 or x.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
         raise ValueError(f"x must be bfloat16, float16 or float32 [batch, d_model]; got {x.dtype}{list(x.shape)}")
     if w1.ndim != 2 or w1.shape[1] != x.shape[1] or w1.dtype != x.dtype:
@@ -119,5 +128,7 @@ def _check_arguments(x, w1, b1, w2, neurons, count, activation: str) -> None:
     for name, array, rank in (("neurons", neurons, 1), ("count", count, 0)):
         if array.ndim != rank or array.dtype != jnp.int32:
             raise ValueError(f"{name} must be int32 of rank {rank}; got {array.dtype}{list(array.shape)}")
+    if own is not None and (own.shape != (x.shape[0], w1.shape[0]) or own.dtype != jnp.bool_):
+        raise ValueError(f"own must be bool[{x.shape[0]}, {w1.shape[0]}]; got {own.dtype}{list(own.shape)}")
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}; got {activation!r}")

@@ -6,8 +6,8 @@
 Weights are the side of 64 of a wgmma and tokens the side of 8 to 32, so that few products are wasted on padding. A
 block of `up` has an equal run of the list, whatever its length, and 1 / `up_splits` of d_model: rows that a last stage
 lacks are not read. A block of `down` has `down_columns` of d_model and 1 / `down_splits` of the list in steps of 64.
-Both write float32 sums that XLA adds, in one fixed order, for `up` together with the bias and the activation: for each
-split 4 * batch * capacity and 4 * batch * d_model bytes.
+Both write float32 sums that XLA adds, in one fixed order, for `up` together with bias and activation, and with zeros
+where a neuron is not a token's own: for each split 4 * batch * capacity and 4 * batch * d_model bytes.
 
 Budget at d_model 7168, 8 tokens, 10% of 28672 listed, on an H200: 82 MB of weights are 19.1 us. `up` reads x
 132 / up_splits times from L2: 15 MB for one split, 4 MB for 4; at 32 tokens four times that, which is why it is split.
@@ -24,10 +24,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, memref, scf
-from jaxtyping import Array, Float, Float32, Int32
+from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from pallas_kernels.neuron_ffn.config import ROWS, Config
-from pallas_kernels.neuron_ffn.reference import ACTIVATIONS
+from pallas_kernels.neuron_ffn.reference import ACTIVATIONS, computed
 from pallas_kernels.tile import device, gathered, pipeline, rows
 from pallas_kernels.tile.gathered import Gathered
 from pallas_kernels.tile.launch import lowered_once
@@ -264,13 +264,15 @@ def batched(
     w2: Float[Array, "d_ff d_model"],
     neurons: Int32[Array, " capacity"],
     count: Int32[Array, ""],
+    own: Bool[Array, "batch d_ff"] | None,
     activation: str,
     config: Config,
     interpret: bool,
 ) -> Float32[Array, "batch d_model"]:
     """Launches both kernels and adds what their splits found; `interpret` runs them on CPU under the race detector."""
     (batch, d_model), capacity = x.shape, neurons.shape[0]
-    x = jnp.pad(x, ((0, -batch % 8), (0, 0)))  # tokens of a wgmma
+    padding = (0, -batch % 8), (0, 0)  # tokens of a wgmma
+    x, own = jnp.pad(x, padding), None if own is None else jnp.pad(own, padding)
     runs = 2 if interpret else max(device.sm_count() // config.up_splits, 1)
     up = _Product(
         down=False, d_model=d_model, columns=config.up_columns, stages=config.up_stages(batch), splits=config.up_splits,
@@ -284,6 +286,7 @@ def batched(
     if b1 is not None:
         h += b1.at[neurons].get(mode="clip").astype(jnp.float32)[None]
     listed = jnp.arange(capacity, dtype=jnp.int32) < count
-    h = jnp.where(listed[None], ACTIVATIONS[activation](h), 0).astype(x.dtype)  # what is not listed was not written
+    h = jnp.where(computed(neurons, own, listed), ACTIVATIONS[activation](h), 0)  # what is not listed was not written
+    h = h.astype(x.dtype)
     h = jnp.pad(h, ((0, 0), (0, max(-capacity % ROWS, 2 * PANEL - capacity))))  # whole chunks, for TMA two panels
     return _launch(down, h, w2, neurons, count, interpret).sum(axis=0)[:batch]

@@ -31,7 +31,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, memref
 from jaxlib.mlir.dialects import math as mlir_math
-from jaxtyping import Array, Float, Float32, Int32
+from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from pallas_kernels.neuron_ffn.config import TMA_BOX, Config
 from pallas_kernels.tile import device, epilogue
@@ -113,7 +113,9 @@ def _produce(w1_gmem, w2_gmem, neurons_gmem, share, w_smem, full, empty) -> None
     lax.fori_loop(jnp.maximum(last - stages, first), last, wait_until_free, None)
 
 
-def _consume(x_gmem, b1_gmem, neurons_gmem, share, w_smem, sums_smem, full, empty, *, dot, consumers, activation):
+def _consume(
+    x_gmem, b1_gmem, own_gmem, neurons_gmem, share, w_smem, sums_smem, full, empty, *, dot, consumers, activation
+):
     """A warpgroup that multiplies: its part of the block's y."""
     first, last = share
     shape, stages = x_gmem.shape, w_smem.shape[0]
@@ -121,29 +123,32 @@ def _consume(x_gmem, b1_gmem, neurons_gmem, share, w_smem, sums_smem, full, empt
     load = functools.partial(plgpu.load, layout=layout)
     x = load(x_gmem).astype(jnp.float32)
 
-    def bias_of(i):
-        if b1_gmem is None:
-            return jnp.float32(0)
+    def of_entry(i):
+        """The neuron's bias, and whether it is the token's own: 0 if not, None if all are."""
+        if b1_gmem is None and own_gmem is None:
+            return jnp.float32(0), None
         listed = i < last  # what follows the share may be anything
         neuron = jnp.where(listed, neurons_gmem[jnp.where(listed, i, 0)], 0)
-        return b1_gmem[neuron].astype(jnp.float32)
+        bias = jnp.float32(0) if b1_gmem is None else b1_gmem[neuron].astype(jnp.float32)
+        return bias, None if own_gmem is None else own_gmem[neuron]
 
     def add_neuron(t, carry):
-        y, bias = carry
+        y, (bias, own) = carry
         i = own_first + t * consumers
         slot = lax.rem(i - first, stages)
-        next_bias = bias_of(i + consumers)  # under way while this neuron is computed
+        upcoming = of_entry(i + consumers)  # under way while this neuron is computed
         plgpu.barrier_wait(full.at[slot])
         h = dot(load(w_smem.at[slot, 0]).astype(jnp.float32), x, sums_smem.at[lax.rem(t, 2)]) + bias
         h = epilogue.ACTIVATIONS[activation](h).astype(w_smem.dtype).astype(jnp.float32)
+        h = h if own is None else jnp.where(own != 0, h, 0.0)
         y += h * load(w_smem.at[slot, 1]).astype(jnp.float32)
         plgpu.commit_smem()  # every thread has read the rows that copies will overwrite
         plgpu.barrier_arrive(empty.at[slot])
-        return y, next_bias
+        return y, upcoming
 
     own_first = first + lax.axis_index("warpgroup")
     y = plgpu.layout_cast(jnp.zeros(shape, jnp.float32), layout)
-    return lax.fori_loop(0, pl.cdiv(last - own_first, consumers), add_neuron, (y, bias_of(own_first)))[0]
+    return lax.fori_loop(0, pl.cdiv(last - own_first, consumers), add_neuron, (y, of_entry(own_first)))[0]
 
 
 def _combine(y: jax.Array, y_smem, out_gmem, combined) -> None:
@@ -184,8 +189,8 @@ def _fused_kernel(
         if consumers > 1:
             plgpu.set_max_registers(REGISTERS[consumers], action="increase")
         y = _consume(
-            refs["x"], refs.get("b1"), refs["neurons"], share, w_smem, sums_smem.at[warpgroup], full, empty,
-            dot=dot_interpreted if interpret else dot, consumers=consumers, activation=activation,
+            refs["x"], refs.get("b1"), refs.get("own"), refs["neurons"], share, w_smem, sums_smem.at[warpgroup],
+            full, empty, dot=dot_interpreted if interpret else dot, consumers=consumers, activation=activation,
         )  # fmt: skip
         _combine(y, y_smem, refs["out"], combined)
 
@@ -198,6 +203,7 @@ def fused(
     w2: Float[Array, "d_ff d_model"],
     neurons: Int32[Array, " capacity"],
     count: Int32[Array, ""],
+    own: Bool[Array, "1 d_ff"] | None,
     activation: str,
     config: Config,
     interpret: bool,
@@ -208,7 +214,7 @@ def fused(
     row = (d_model // box, box)
     blocks = 2 if interpret else device.sm_count()
     inputs = {"x": x.reshape(row), "w1": w1.reshape(-1, *row), "b1": b1, "w2": w2.reshape(-1, *row)}
-    inputs |= {"neurons": neurons, "count": count[None]}
+    inputs |= {"neurons": neurons, "count": count[None], "own": None if own is None else own[0].astype(jnp.int32)}
     inputs = {name: value for name, value in inputs.items() if value is not None}
     stages, others = config.fused_stages(d_model), config.consumers - 1
     scratch: dict[str, Any] = {
