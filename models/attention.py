@@ -11,13 +11,15 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from pallas_kernels.decode_attention import DEVICES, decode_attention
 from pallas_kernels.decode_attention.config import check_support
+from pallas_kernels.listed_matmul import listed_matmul
 from pallas_kernels.micro_tile_index import compact
 from pallas_kernels.tile.device import device_kind
 from sparsellm.determinism import distinct_call
 from sparsellm.packing import Packing
-from sparsellm.sharding import TENSOR_PARALLEL
+from sparsellm.sharding import TENSOR_PARALLEL, sum_over_shards
 
 CUDNN_DEVICES = ("NVIDIA A100", "NVIDIA H100", "NVIDIA H200", "NVIDIA GH200", "NVIDIA B200")
+LISTED_ELSEWHERE = "heads can be listed only for one token a row behind a cache, without a bias or a window"
 
 
 class KVCache(NamedTuple):
@@ -217,7 +219,7 @@ def attend(
     lengths = places.lengths if bias is None else None
     can_decode = places.decoding and lengths is not None
     if listed is not None and not can_decode:
-        raise ValueError("heads can be listed only for one token a row behind a cache, without a bias or a window")
+        raise ValueError(LISTED_ELSEWHERE)
     if can_decode and (listed is not None or _kernel_takes(q, k)):
         return _decode(q, k, v, lengths, listed, scale)
     q = padded(q, places.packing)
@@ -268,6 +270,46 @@ def _decode(q, k, v, lengths, listed, scale: float | None) -> Float[Array, "batc
         in_specs = (cut, cut, cut, whole, PartitionSpec(None, axis))[: len(arguments)]
         of_heads = jax.shard_map(of_heads, mesh=mesh, in_specs=in_specs, out_specs=cut)
     return of_heads(*arguments)
+
+
+def attend_by_heads(
+    x: Float[Array, "batch d_model"],
+    w_q: Float[Array, "d_model width"],
+    b_q: Float[Array, " width"],
+    w_out: Float[Array, "width d_model"],
+    k: Float[Array, "batch slots heads head_dim"],
+    v: Float[Array, "batch slots heads head_dim"],
+    places: Places,
+    listed: Bool[Array, "batch heads"],
+) -> Float[Array, "batch d_model"]:
+    """Attention of one token a row by listed heads, from its input to its output without the bias: `attend` between.
+
+    Of the projections of queries and of the output, the heads are read that any row lists. Those of keys and values
+    are not among them: later tokens may list a head whose slots this one has to fill.
+
+    Args:
+        x: the block's input.
+        w_q, b_q: projection of queries.
+        w_out: projection of what the heads give.
+        k: keys of all slots, the new ones too.
+        v: their values.
+        places: of the new tokens.
+        listed: the heads of each row.
+
+    Raises:
+        ValueError: the tokens are not one a row behind a cache.
+    """
+    if not places.decoding or places.lengths is None:
+        raise ValueError(LISTED_ELSEWHERE)
+
+    def of_heads(x, w_q, b_q, w_out, k, v, lengths, listed):
+        by_any = listed.any(axis=0)
+        q = listed_matmul(x, w_q, by_any, "columns") + b_q[None]
+        out = decode_attention(q.reshape(len(x), *k.shape[2:]), k, v, lengths, *compact(listed))
+        return listed_matmul(out.reshape(len(x), -1), w_out, by_any, "rows")
+
+    arrays = x, w_q, b_q, w_out, k, v, places.lengths, listed
+    return sum_over_shards(of_heads, "heads", (None, 1, 0, 0, 2, 2, None, 1), *arrays)
 
 
 def _masked_attention(q, k, v, visible, bias, scale: float | None):

@@ -13,7 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from models.activations import check_activation
-from models.attention import KVCache, Places, attend, place_tokens, run_layers, write_slots
+from models.attention import KVCache, Places, attend, attend_by_heads, place_tokens, run_layers, write_slots
 from models.config import check_dtypes, check_sizes
 from models.feed_forward import LISTED, PREDICTIONS, FeedForward, Prediction, output_init
 from models.layer_norm import LayerNorm
@@ -138,8 +138,9 @@ PRESETS: dict[str, dict[str, Any]] = {
 class Attention(nnx.Module):
     """Causal self-attention, while decoding by the heads that a predictor names, if there is one.
 
-    What is skipped of the others is to read their keys and values; their output is zero. All projections are computed:
-    a later token may need a head's key and value, and rows of a batch differ in their heads.
+    Of the others no keys and values are read, and their output is zero. What no row of the batch needs of the
+    projections of queries and of the output is not read either. Keys and values are computed of all heads: a later
+    token may need them.
     """
 
     def __init__(self, config: OPTConfig, heads: int, *, rngs: nnx.Rngs):
@@ -165,16 +166,28 @@ class Attention(nnx.Module):
         Returns:
             The output, and the keys and values of all slots.
         """
-        projections = apply_all((self.q_proj, self.k_proj, self.v_proj), x)
-        q, k, v = (y.reshape(*x.shape[:2], self.heads, -1) for y in projections)
-        (k, v), slots = write_slots(slots, k, v, places)
         needed = self._predicted(places, *entered)
-        if needed is not None and self.prediction == "lists":
-            out = attend(q, k, v, places, listed=needed[:, 0])
-        else:
-            out = attend(q, k, v, places)
-            out = out if needed is None else jnp.where(needed[..., None], out, 0)
+        listed = needed[:, 0] if needed is not None and self.prediction == "lists" else None
+        if listed is not None and type(self.q_proj) is type(self.out_proj) is nnx.Linear:
+            return self._by_heads(x, places, slots, listed)
+        q, k, v = map(self._split, apply_all((self.q_proj, self.k_proj, self.v_proj), x))
+        (k, v), slots = write_slots(slots, k, v, places)
+        out = attend(q, k, v, places, listed=listed)
+        if needed is not None and listed is None:
+            out = jnp.where(needed[..., None], out, 0)
         return self.out_proj(out.reshape(*x.shape[:2], -1)), slots
+
+    def _by_heads(self, x: Float[Array, "batch 1 d_model"], places: Places, slots, listed: Bool[Array, "batch heads"]):
+        """A call by the heads that each row lists, of projections that are neither compressed nor wrapped."""
+        k, v = map(self._split, apply_all((self.k_proj, self.v_proj), x))
+        (k, v), slots = write_slots(slots, k, v, places)
+        parameters = self.q_proj.kernel, self.q_proj.bias, self.out_proj.kernel, self.out_proj.bias
+        w_q, b_q, w_out, b_out = (jnp.asarray(w, x.dtype) for w in parameters)
+        out = attend_by_heads(x[:, 0], w_q, b_q, w_out, k, v, places, listed) + b_out[None]
+        return out[:, None], slots
+
+    def _split(self, y: Float[Array, "batch length width"]) -> Float[Array, "batch length heads head_dim"]:
+        return y.reshape(*y.shape[:2], self.heads, -1)
 
     def _predicted(self, places: Places, before, entering) -> Bool[Array, "batch length heads"] | None:
         """Which heads each token needs, or None for all."""
@@ -332,8 +345,9 @@ def with_predictors(
         prediction: "lists": calls with one token a row, and at most 32 rows, read only the neurons that are predicted
             for any of these tokens. "mask": such calls compute all, and leave out what "lists" would: a simulation.
             "mask_everywhere": every call leaves out what is not predicted for each token itself, to measure quality.
-        head_predictors: likewise of heads, of each row its own, in calls with one token a row behind a cache. They see
-            what enters the layer or, with `look_ahead`, the one before.
+        head_predictors: likewise of heads, in calls with one token a row behind a cache: of each row its own keys and
+            values, of all rows together the projections of queries and of the output. They see what enters the layer
+            or, with `look_ahead`, the one before.
         per_sequence: with "lists" and "mask", each row computes only the neurons that are predicted for its own token,
             so that what comes of it does not depend, but for rounding, on the rows beside it. The weights of the others
             are read all the same, once for all rows. False: each computes what is predicted for any.

@@ -5,6 +5,7 @@ from pallas_kernels.gather_matmul import gather_matmul
 from pallas_kernels.grouped_matmul import grouped_matmul
 from pallas_kernels.grouped_outer import grouped_outer
 from pallas_kernels.layer_norm import layer_norm
+from pallas_kernels.listed_matmul import listed_matmul
 from pallas_kernels.micro_tile_index import MicroTileIndex, micro_tile_index
 from pallas_kernels.neuron_ffn import neuron_ffn
 from pallas_kernels.relu_matmul import relu_matmul
@@ -23,6 +24,7 @@ KERNELS = (
     "grouped_outer",
     "neuron_ffn",
     "decode_attention",
+    "listed_matmul",
     "layer_norm",
     "micro_tile_index",
     "route",
@@ -39,6 +41,7 @@ __all__ = [
     "grouped_matmul",
     "grouped_outer",
     "layer_norm",
+    "listed_matmul",
     "micro_tile_index",
     "neuron_ffn",
     "relu_matmul",

@@ -22,8 +22,6 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, memref, scf
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from pallas_kernels.neuron_ffn.config import ROWS, Config
@@ -31,6 +29,7 @@ from pallas_kernels.neuron_ffn.reference import ACTIVATIONS, computed
 from pallas_kernels.tile import device, gathered, pipeline, rows
 from pallas_kernels.tile.gathered import Gathered
 from pallas_kernels.tile.launch import lowered_once
+from pallas_kernels.tile.swrite import store_transposed, store_transposed_interpreted
 
 PANEL = pipeline.PANEL
 PRODUCER = 1  # the warpgroup after the one that multiplies
@@ -164,47 +163,6 @@ def _consume(product: _Product, share: _Share, out_gmem, smem, barriers, store):
             return multiply(g, share.steps, first, share.last - first)
 
         lax.fori_loop(0, share.chunks, chunk_body, jnp.int32(0))
-
-
-def store_transposed(acc, out_gmem, split, first, left) -> None:
-    """out[split, :, first + r] = acc[r] for the rows that are left of it, straight from registers.
-
-    Args:
-        acc: float32 [64, tokens], as wgmma leaves it.
-        out_gmem: [splits, tokens, results].
-        split, first, left: scalars; `left` may be negative.
-    """
-    scalar = plgpu.Layout.WG_SPLAT
-
-    @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA, plgpu.RefType(), scalar, scalar, scalar))
-    def store(ctx, acc, out, split, first, left):
-        del ctx
-        split, first, left = (arith.index_cast(ir.IndexType.get(), x.registers.item()) for x in (split, first, left))
-
-        def store_value(value, index):
-            row, token = index
-            exists = scf.IfOp(arith.cmpi(arith.CmpIPredicate.slt, row, left))
-            with ir.InsertionPoint(exists.then_block):
-                memref.store(value, out, [split, token, arith.addi(first, row)])
-                scf.yield_([])
-
-        acc.foreach(store_value)
-
-    store(acc, out_gmem, split, first, left)  # pyright: ignore[reportCallIssue]
-
-
-def store_transposed_interpreted(acc, out_gmem, split, first, left) -> None:
-    """`store_transposed` by plain writes, a power of two of rows each."""
-
-    left, done = jnp.clip(left, 0, acc.shape[0]), jnp.int32(0)
-    for size in (64, 32, 16, 8, 4, 2, 1):
-
-        @pl.when(left & size)
-        def _(size=size, done=done):
-            part = lax.dynamic_slice_in_dim(acc, done, size)
-            out_gmem[split, :, pl.ds(first + done, size)] = part.T
-
-        done += left & size
 
 
 def _product_kernel(

@@ -1,6 +1,7 @@
 """SWrite: a consumer's accumulator to global memory, through shared memory, 64 columns at a time.
 
-`store` copies it to where it belongs by TMA; `store_scattered` writes row by row to where a list says.
+`store` copies it to where it belongs by TMA; `store_scattered` writes row by row to where a list says. The few columns
+of a product whose tokens are wgmma's narrow side are written as they are, by `store_transposed`.
 """
 
 from collections.abc import Callable
@@ -8,8 +9,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, memref, scf
 
 from pallas_kernels.tile.pipeline import CONSUMERS, DenseTile, swizzled
 
@@ -74,3 +78,43 @@ def store_scattered(columns: Callable[[int, int], jax.Array], count: int, out_sm
             buffer[...] = columns(c * COLUMNS, COLUMNS).astype(out_smem.dtype)
             plgpu.commit_smem()  # also: every thread has read the buffer before this one
             scatter(buffer, c * COLUMNS)
+
+
+def store_transposed(acc, out_gmem, split, first, left) -> None:
+    """out[split, :, first + r] = acc[r] for the rows that are left of it, straight from registers.
+
+    Args:
+        acc: float32 [64, tokens], as wgmma leaves it.
+        out_gmem: [splits, tokens, results].
+        split, first, left: scalars; `left` may be negative.
+    """
+    scalar = plgpu.Layout.WG_SPLAT
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA, plgpu.RefType(), scalar, scalar, scalar))
+    def store(ctx, acc, out, split, first, left):
+        del ctx
+        split, first, left = (arith.index_cast(ir.IndexType.get(), x.registers.item()) for x in (split, first, left))
+
+        def store_value(value, index):
+            row, token = index
+            exists = scf.IfOp(arith.cmpi(arith.CmpIPredicate.slt, row, left))
+            with ir.InsertionPoint(exists.then_block):
+                memref.store(value, out, [split, token, arith.addi(first, row)])
+                scf.yield_([])
+
+        acc.foreach(store_value)
+
+    store(acc, out_gmem, split, first, left)  # pyright: ignore[reportCallIssue]
+
+
+def store_transposed_interpreted(acc, out_gmem, split, first, left) -> None:
+    """`store_transposed` by plain writes, a power of two of rows each."""
+    left, done = jnp.clip(left, 0, acc.shape[0]), jnp.int32(0)
+    for size in (64, 32, 16, 8, 4, 2, 1):
+
+        @pl.when(left & size)
+        def _(size=size, done=done):
+            part = lax.dynamic_slice_in_dim(acc, done, size)
+            out_gmem[split, :, pl.ds(first + done, size)] = part.T
+
+        done += left & size
