@@ -170,6 +170,7 @@ def test_a_micro_tile_covers_no_more_rows_than_there_are():
         (0.0, MicroTile(128, 1), "dense"),
         (0.5, MicroTile(128, 1), "k 128x1"),
         (0.9, MicroTile(128, 1), "k 128x1"),
+        (0.5, MicroTile(32, 1), "dense"),  # 166 us expected of k 128x1, as of dense; seen were 175
         (0.9, MicroTile(64, 1), "k 64x1"),
         (0.9, MicroTile(1, 1), "dense"),  # 1 - 0.9**64 of any micro-tile is live
         (0.9, MicroTile(128, 128), "k 128x128"),
@@ -198,7 +199,7 @@ def test_decoding_one_token_skips_what_a_batch_cannot():
     kind=st.sampled_from(["NVIDIA H200", "NVIDIA A100", "cpu"]),
     with_index=st.booleans(),
 )
-def test_the_choice_is_the_cheapest_of_all(seed, density, block, kind, with_index):
+def test_the_choice_is_the_cheapest_of_all_or_dense_where_that_is_hardly_slower(seed, density, block, kind, with_index):
     m, k, n = 300, 500, 2000
     mask, costs = random_mask(seed, m, k, density, *block), TileCosts.load(kind)
     chosen = choose_plan(m, k, n, "float32", sample=mask, costs=costs, with_index=with_index)
@@ -210,7 +211,10 @@ def test_the_choice_is_the_cheapest_of_all(seed, density, block, kind, with_inde
         except ValueError:
             own = [name for name in costs.kernels if name.endswith("float32")]
             assert plan.axis not in {name[0] for name in own}  # the device has no such kernel
-    assert times[chosen] == min(times.values())
+    if chosen == DENSE:
+        assert times[chosen] <= 1.03 * min(times.values())
+    else:
+        assert times[chosen] == min(times.values()) < times[DENSE] / 1.03
 
 
 def test_a_gpu_without_kernels_multiplies_densely():
