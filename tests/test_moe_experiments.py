@@ -216,8 +216,9 @@ def test_flops_and_bytes_are_those_of_live_experts(monkeypatch):
 
 def test_dense_ways_are_left_out_where_they_would_not_end():
     qwen3 = {"d_model": 2048, "d_ff": 768, "experts": 128, "top_k": 8}
-    assert moe_layer._affordable(described(tokens=4096, **qwen3)) == ["ragged_dot"]
-    assert moe_layer._affordable(described(tokens=16384, **qwen3)) == []
+    assert moe_layer._affordable(described(tokens=4096, **qwen3)) == ["ragged_dot", "one_hot"]
+    assert moe_layer._affordable(described(tokens=16384, **qwen3)) == ["one_hot"]
+    assert moe_layer._affordable(described(tokens=65536, **qwen3)) == []
     assert moe_layer._affordable(described()) == ["ragged_dot", "one_hot"]
 
 
