@@ -9,8 +9,10 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Int32
 
 from pallas_kernels.micro_tile_index import MicroTileIndex, compact
 
@@ -40,7 +42,7 @@ def check_operands(dimensions: str, **operands) -> None:
 
 
 def check_index(index: MicroTileIndex, *, columns: int | None = None, **dimensions: int) -> None:
-    """Raises ValueError unless the index is one of X.
+    """Raises ValueError unless the index is one of X; whether it names what there is, only where its values are known.
 
     Args:
         index: the index.
@@ -66,6 +68,32 @@ def check_index(index: MicroTileIndex, *, columns: int | None = None, **dimensio
         rule = f"index must have ceil({w_name} / rows)" + f" * ceil({columns} / out_cols)" * (across > 1)
         got = f"{w_name}={width}, rows={index.rows}, out_cols={index.out_cols}"
         raise ValueError(f"{rule} lists and counts; got {lists} and {counts}, {got}")
+    _check_entries(index)
+
+
+def _check_entries(index: MicroTileIndex) -> None:
+    """Raises ValueError where a list names a micro-tile that there is not; under a trace nothing is known of that."""
+    if isinstance(index.indices, Tracer) or isinstance(index.counts, Tracer):
+        return
+    is_wrong = _names_what_is_not(index.indices, index.counts)
+    if isinstance(is_wrong, Tracer):  # of a traced function's constants
+        return
+    found = np.flatnonzero(jax.device_get(is_wrong))
+    if found.size:
+        i, entries = found[0], index.indices.shape[1]
+        count = int(index.counts[i])
+        listed = np.asarray(index.indices[i])[: max(count, 0)]
+        rule = f"index must have counts of 0 to {entries}, and entries of 0 to {entries - 1} before them"
+        got = listed[(listed < 0) | (listed >= entries)].tolist()[:4]
+        raise ValueError(f"{rule}; got {got} in list {i}, counts[{i}]={count}")
+
+
+@jax.jit
+def _names_what_is_not(indices: Int32[Array, "lists entries"], counts: Int32[Array, " lists"]) -> Bool[Array, " lists"]:
+    entries = indices.shape[1]
+    listed = jnp.arange(entries, dtype=jnp.int32)[None] < counts[:, None]
+    outside = (indices < 0) | (indices >= entries)
+    return (listed & outside).any(axis=1) | (counts < 0) | (counts > entries)
 
 
 def result_dtype(dtype: DTypeLike) -> jnp.dtype:
@@ -141,7 +169,8 @@ def by_block(x: Float[Array, "L W"], index: MicroTileIndex) -> Float[Array, "L b
 
 def list_steps(index: MicroTileIndex, block, length: int) -> Int[Array, ""]:
     """How many chunks a list has."""
-    return -(-index.counts[block] * index.cols // min(XLA_CHUNK, length))
+    count = jnp.minimum(index.counts[block], index.indices.shape[1])  # no list ends past its end
+    return -(-count * index.cols // min(XLA_CHUNK, length))
 
 
 def listed_chunk(index: MicroTileIndex, block, step, length: int) -> Int[Array, " chunk"]:
@@ -149,5 +178,7 @@ def listed_chunk(index: MicroTileIndex, block, step, length: int) -> Int[Array, 
     chunk = min(XLA_CHUNK, length)
     position = step * chunk + jnp.arange(chunk, dtype=jnp.int32)
     entry, offset = position // index.cols, position % index.cols
-    named = index.indices[block].at[entry].get(mode="clip") * index.cols + offset
-    return jnp.where((entry < index.counts[block]) & (named < length), named, length + position)
+    tile, entries = index.indices[block].at[entry].get(mode="clip"), index.indices.shape[1]
+    named = tile * index.cols + offset
+    exists = (tile >= 0) & (tile < entries) & (named < length)  # else it would be read from the end
+    return jnp.where((entry < jnp.minimum(index.counts[block], entries)) & exists, named, length + position)

@@ -277,8 +277,7 @@ def test_wrong_implementation():
     with pytest.raises(NotImplementedError, match="runs on NVIDIA H100, NVIDIA H200; got cpu"):
         scatter_matmul(a, b, index, implementation="mosaic_gpu")
     with pytest.raises(NotImplementedError, match="lists of single rows; got cols=2"):
-        pairs = dataclasses.replace(index, indices=index.indices[:, :5], cols=2)
-        scatter_matmul(a, b, pairs, implementation="interpret")
+        scatter_matmul(a, b, micro_tile_index(a, 64, 2), implementation="interpret")
     narrow = micro_tile_index(a, 16)
     with pytest.raises(NotImplementedError, match="multiples of 32, or one list of whole rows; got rows=16, K=64"):
         scatter_matmul(a, b, narrow, implementation="interpret")

@@ -53,16 +53,19 @@ def _xla_loop(a_t: Float[Array, "K M"], b: Float[Array, "K N"], index: MicroTile
     """Gathers and multiplies about XLA_CHUNK listed k at a time, so that what is not listed costs nothing."""
     k, cols = a_t.shape[0], index.cols
     a_blocks, b_blocks = _blocks(a_t, b, index)
-    chunk = min(max(XLA_CHUNK // cols, 1), index.indices.shape[1])  # entries
-    indices = jnp.pad(index.indices, ((0, 0), (0, -index.indices.shape[1] % chunk)))
+    length = index.indices.shape[1]
+    chunk = min(max(XLA_CHUNK // cols, 1), length)  # entries
+    indices = jnp.pad(index.indices, ((0, 0), (0, -length % chunk)))
 
     def block(args):
         i, entries, count = args
         a, b = a_blocks[i // len(b_blocks)], b_blocks[i % len(b_blocks)]
 
         def step(s, acc):
-            listed = s * chunk + jnp.arange(chunk) < count
-            entry = jnp.where(listed, lax.dynamic_slice(entries, (s * chunk,), (chunk,)), 0)
+            entry = lax.dynamic_slice(entries, (s * chunk,), (chunk,))
+            exists = (entry >= 0) & (entry < length)  # else it would be read from the end
+            listed = (s * chunk + jnp.arange(chunk) < count) & exists
+            entry = jnp.where(listed, entry, 0)
             ks = (entry[:, None] * cols + jnp.arange(cols, dtype=jnp.int32)[None]).reshape(-1)
             listed = jnp.repeat(listed, cols) & (ks < k)
             a_k, b_k = (jnp.where(listed[:, None], x[jnp.minimum(ks, k - 1)], 0) for x in (a, b))
@@ -72,7 +75,8 @@ def _xla_loop(a_t: Float[Array, "K M"], b: Float[Array, "K N"], index: MicroTile
         zeros = jnp.zeros_like(a, jnp.float32, shape=(a.shape[1], b.shape[1]))
         return lax.fori_loop(0, pl.cdiv(count, chunk), step, zeros)
 
-    out = lax.map(block, (jnp.arange(len(indices)), indices, index.counts))
+    counts = jnp.minimum(index.counts, length)  # no list ends past its end
+    out = lax.map(block, (jnp.arange(len(indices)), indices, counts))
     return _assembled(out, a_t.shape[1], b.shape[1], a_t.dtype)
 
 

@@ -50,6 +50,10 @@ __all__ = [
 class MicroTileIndex:
     """Which k matter to each block of rows: `indices[i, :counts[i]]`, distinct. What follows them may be anything.
 
+    An entry that names no micro-tile is an error of the products that take an index, where its values are known; to see
+    them waits for the device. Under a trace (jit, vmap) the xla path takes it as not listed, and the Mosaic kernels,
+    which do not look, read or write what lies there.
+
     Attributes:
         indices: micro-tiles along k, one list a block of rows, int32 [lists, ceil(K / cols)].
         counts: how many entries of each list count, int32 [lists].
@@ -70,7 +74,8 @@ class MicroTileIndex:
         lists, length = self.indices.shape
         entry = jnp.arange(length, dtype=jnp.int32)[None]
         # Out of range, so dropped, and still distinct: else XLA, told to be deterministic, sets one after the other.
-        target = jnp.where(entry < self.counts[:, None], self.indices, length + entry)
+        listed = (entry < self.counts[:, None]) & (self.indices >= 0)  # a negative one would count from the end
+        target = jnp.where(listed, self.indices, length + entry)
         nowhere = jnp.zeros((lists, length), bool)
         return nowhere.at[jnp.arange(lists)[:, None], target].set(True, mode="drop", unique_indices=True)
 
