@@ -1,6 +1,7 @@
 """What experiments on OPT share: a model by size or by path, and the time of a step of decoding."""
 
 import functools
+import gc
 import os
 import statistics
 import time
@@ -70,6 +71,7 @@ def make_model(
         neuron_major: the layout of fc1.
         mesh: devices to cut it over; None for the default one.
     """
+    gc.collect()  # Flax leaves cycles behind that hold the parameters of the model before
     if source is not None:
         options: dict[str, Any] = {"dtype": dtype, "param_dtype": dtype, "neuron_major": neuron_major}
         return load_opt(model_folder(source), mesh=mesh, **options), source

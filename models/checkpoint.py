@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from sparsellm import huggingface
 from sparsellm.checkpoint import CONFIG, is_checkpoint, load_checkpoint, load_config, save_checkpoint
+from sparsellm.memory import check_parameters
 from sparsellm.sharding import TENSOR_PARALLEL, Rules, abstract_model
 from sparsellm.stored import Stored
 from sparsellm.unstructured import CompressedArray, check_layers, layouts, with_layouts
@@ -87,7 +88,7 @@ def load[M: nnx.Module](
     Raises:
         FileNotFoundError: there is no such folder, or files are missing from it.
         ValueError: another architecture, pickles only, a damaged file, tensors that do not fit (all named), an unknown
-            dtype, or another one than a compressed model's; or a mesh for one.
+            dtype, or another one than a compressed model's; a mesh for one; or more than the devices have room for.
     """
     folder = huggingface.find_folder(path_or_hub_id, revision=revision)
     native = is_checkpoint(folder)
@@ -102,6 +103,7 @@ def load[M: nnx.Module](
     graphdef, abstract = abstract_model(
         lambda: with_layouts(make(config, rngs=nnx.Rngs(0)), compressed, folder), mesh, rules
     )
+    check_parameters(abstract)
     parameters = {dotted(path): (path, variable) for path, variable in nnx.to_flat_state(abstract)}
     if native:
         wanted = {name: variable.get_value() for name, (_, variable) in parameters.items()}

@@ -267,7 +267,7 @@ class OPT(nnx.Module):
             mask: True for real tokens, False for padding on either side; None if all are real. Logits at padding mean
                 nothing. A row with more real tokens than `max_length` gives NaN: the mask is data, so no error.
             packing: where `tokens` belong if they are a packed batch, [1, packed], as logits then are: see
-                `sparsellm.packing.pack`.
+                `sparsellm.packing.pack`. A sequence of more than `max_length` tokens gives NaN likewise.
             cache: what `init_cache` or the last call returned; `tokens` go into its next slots. Slots past its end
                 are not checked: the caller keeps count.
             rngs: whose stream "dropout" says what `config.dropout` drops, while training; None drops nothing.

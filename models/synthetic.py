@@ -165,7 +165,7 @@ def synthetic_predictors(
     options: dict[str, Any] = {"look_ahead": look_ahead, "dtype": config.dtype, "param_dtype": config.dtype}
     sizes = [(config.d_model, rank, config.sizes(layer)[1]) for layer in range(config.layers)]
     rngs = nnx.Rngs(key)
-    low_rank = [LowRankPredictor(*size, **options, rngs=rngs) for size in sizes]
+    low_rank = (LowRankPredictor(*size, **options, rngs=rngs) for size in sizes)  # one at a time is there twice
     predictors: list[Predictor] = [predictor.in_8_bits() if in_8_bits else predictor for predictor in low_rank]
     tokens = (max(1, SAMPLE[0] // batch) * batch, SAMPLE[1] // 2)
     tokens = random_tokens(config, tokens, jax.random.fold_in(key, 0))

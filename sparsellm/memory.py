@@ -13,6 +13,10 @@ from flax import nnx
 GIB = 2**30
 
 
+class OutOfMemory(RuntimeError):
+    """The device is out of memory; the message says how much was needed, and what would fit."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Memory:
     """Bytes of one device, and what they are for.
@@ -44,13 +48,13 @@ class Memory:
 
     @contextmanager
     def explaining(self) -> Iterator[None]:
-        """Turns XLA's out of memory into a RuntimeError that says how much was needed, and what would fit."""
+        """Turns XLA's out of memory into one that says how much was needed, and what would fit."""
         try:
             yield
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
-            raise RuntimeError(f"out of memory: {self._sentence(capacity())}") from error
+            raise OutOfMemory(f"out of memory: {self._sentence(capacity())}") from error
 
     def _sentence(self, has: int | None) -> str:
         parts = {"parameters": self.parameters, "cache": self.cache, "activations": self.activations}
@@ -91,6 +95,20 @@ def estimate(model: Any, *, rows: int, slots: int, tokens: int) -> Memory:
         # Two of the feed-forward block's width are as much as attention's queries, keys, values and output.
         activations=2 * tokens * widest * itemsize // devices + 2 * rows * vocab * 4,
     )
+
+
+def check_parameters(abstract: Any) -> None:
+    """Raises ValueError where a device has not as much as its part of the parameters takes.
+
+    Args:
+        abstract: their shapes, dtypes and shardings, as of `sparsellm.sharding.abstract_model`.
+    """
+    has, leaves = capacity(), jax.tree.leaves(abstract)
+    needed = sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in leaves)
+    if has is not None and needed > has:
+        fits = -(-sum(math.prod(a.shape) * a.dtype.itemsize for a in leaves) // has)
+        said = f"parameters need about {needed / GIB:.2f} GiB of a device; it has {has / GIB:.2f}"
+        raise ValueError(f"{said}: cut over {fits} such devices or more (mesh=...) they would fit")
 
 
 def capacity() -> int | None:

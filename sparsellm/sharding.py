@@ -22,6 +22,8 @@ from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 from jaxtyping import Array
 
+from sparsellm.memory import check_parameters
+
 type Rules = Mapping[str, str | tuple[str, ...] | None]
 
 # Source: Megatron-LM (Shoeybi et al., 2019), section 3: columns of the first product, rows of the second.
@@ -98,9 +100,11 @@ def create_model[M: nnx.Module](make: Callable[[], M], mesh: Mesh | None = None,
         rules: mesh axis for each axis name.
 
     Raises:
-        ValueError: the rules do not fit the mesh or the model; raised before anything is allocated.
+        ValueError: the rules do not fit the mesh or the model, or the parameters the devices; raised before anything is
+            allocated.
     """
     _, abstract = abstract_model(make, mesh, rules)
+    check_parameters(abstract)
     if mesh is None:
         return make()
     variables = jax.tree.leaves(abstract, is_leaf=lambda x: isinstance(x, nnx.Variable))

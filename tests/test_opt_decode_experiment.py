@@ -1,10 +1,12 @@
 """The experiment opt_decode, in its smoke form."""
 
 import dataclasses
+import gc
 import json
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +40,9 @@ def test_a_row_dense_and_a_row_sparse(finished):
     assert sparse["error"] < 1e-3
     assert 0 < sparse["density"] < 0.3
     assert (run.folder / "opt_decode.png").stat().st_size > 1000
-    assert "target" in (run.folder / "fit_tiny.md").read_text()
+    lines = (run.folder / "fit_tiny.md").read_text().splitlines()
+    assert "target" in lines[0]
+    assert [int(line.split("|")[3]) for line in lines[2:]] == [1, 8, 16, 32, 64, 256]
 
 
 def random_model(config: OPTConfig) -> OPT:
@@ -117,6 +121,43 @@ def test_a_step_is_timed_when_nothing_compiles(monkeypatch):
     ms, rows = opt.time_decode(model, 2, context=5, steps=4, repeats=3)
     assert ms == 2 and rows.cache.filled.tolist() == [5, 5]
     assert seen == [([filled] * 2, [5, 5], (2, 9, 2, 8)) for filled in (0, 4, 5, 5, 5)]
+
+
+def test_a_batch_that_does_not_fit_is_left_out(tmp_path, monkeypatch, capsys):
+    """The others are kept; where none fits, that is said."""
+    measure_batch, too_large = opt_decode.measure_batch, {2}
+
+    def limited(config, model, name, batch):
+        if batch in too_large:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate")
+        return measure_batch(config, model, name, batch)
+
+    monkeypatch.setattr(opt_decode, "measure_batch", limited)
+    assert main(["opt_decode", "--smoke", "--runs", str(tmp_path)]) == 0
+    assert "batch 2: out of memory: 2 rows of 12 slots need about" in (said := capsys.readouterr().out)
+    assert "batch 2: left out" in said
+    (rows,) = tmp_path.glob("opt_decode/*/rows.jsonl")
+    assert [json.loads(line)["batch"] for line in rows.read_text().splitlines()] == [1, 1]
+    too_large.add(1)
+    assert main(["opt_decode", "--smoke", "--runs", str(tmp_path)]) == 1
+    assert "no batch fits into the device" in capsys.readouterr().err
+
+
+def test_a_model_leaves_its_memory_to_the_next():
+    """Also where it is part of a cycle, and nothing else collects."""
+    gc.collect()
+    gc.disable()
+    try:
+        model, _ = opt.make_model("tiny", "float32", source=None)
+        cycle: list[Any] = [nnx.state(model)]
+        cycle.append(cycle)
+        parameter = weakref.ref(model.layers[0].fc1.bias[...])
+        del model, cycle
+        assert parameter() is not None
+        opt.make_model("tiny", "float32", source=None)
+        assert parameter() is None
+    finally:
+        gc.enable()
 
 
 def test_readme_shows_both_next_to_transformers():

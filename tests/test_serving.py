@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from models import OPT, Mixtral, MixtralConfig, OPTConfig, SwitchConfig, SwitchTransformer
+from models import OPT, Mixtral, MixtralConfig, OPTConfig, SwitchConfig, SwitchTransformer, load_opt, save_opt
 from sparsellm import decoding, memory
 from sparsellm.generation import generate
 from sparsellm.memory import estimate
 from sparsellm.packing import Packing
 from sparsellm.serving import Answer, Request, serve, statistics
+from sparsellm.sharding import create_model
 
 OPT_SIZES = OPTConfig(vocab_size=37, layers=2, d_model=16, heads=2, d_ff=29, max_length=64)
 MIXTRAL_SIZES = MixtralConfig(
@@ -357,6 +358,25 @@ def test_a_cache_larger_than_the_device(opt, monkeypatch):
         serve(opt, [Request(prompt=[3], max_new_tokens=1)], rows=8, cache_length=48, prefill_sizes=(48,))
     with pytest.raises(ValueError, match="16 rows of .* slots need about .* of a device"):
         generate(opt, [[3]] * 16, max_new_tokens=20)
+
+
+def test_parameters_larger_than_the_device(tmp_path, monkeypatch):
+    """Refused before any is made or read; so many devices as the message names have room."""
+    config = OPTConfig(vocab_size=64, layers=1, d_model=16, heads=2, d_ff=64, max_length=32)
+    model = create_model(lambda: OPT(config, rngs=nnx.Rngs(0)))
+    save_opt(model, tmp_path / "model")
+    needed = sum(x.nbytes for x in jax.tree.leaves(nnx.state(model)))
+    monkeypatch.setattr(memory, "capacity", lambda: needed)
+    load_opt(tmp_path / "model")
+    monkeypatch.setattr(memory, "capacity", lambda: needed // 2)
+    for make in (
+        lambda: load_opt(tmp_path / "model"),
+        lambda: create_model(lambda: OPT(config, rngs=nnx.Rngs(0))),
+    ):
+        with pytest.raises(
+            ValueError, match=r"parameters need about .* GiB of a device; .* cut over [23] such devices"
+        ):
+            make()
 
 
 def test_out_of_memory_says_how_much_was_needed(opt, monkeypatch):

@@ -1,6 +1,7 @@
 """Synthetic OPT: models/firing.py and models/synthetic.py, against counts made here."""
 
 import dataclasses
+import weakref
 from typing import Any
 
 import jax
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from models import OPTConfig
+from models import OPTConfig, synthetic
 from models.firing import Profile, firing_probabilities
 from models.synthetic import fit_table, random_tokens, synthetic_opt, synthetic_predictors
 from sparsellm.predictors import LowRankPredictor
@@ -114,6 +115,22 @@ def test_random_predictors_name_as_many_neurons_as_the_profile(model, profile):
     down, up = (np.asarray(w[...], np.float64) for w in (first.down, first.up))
     named = entering @ down @ up > float(first.threshold[...])
     assert named.reshape(16, 4, 32, 256).any(axis=1).mean() == pytest.approx(0.25, rel=0.1)
+
+
+def test_of_predictors_in_8_bits_one_at_a_time_is_there_in_more(model, profile, monkeypatch):
+    """Beside a model that fills the device, there is no room for all of them."""
+    wide: list[weakref.ref] = []
+    alive: list[int] = []
+
+    class Counted(LowRankPredictor):
+        def __init__(self, *sizes, **options):
+            alive.append(sum(weight() is not None for weight in wide))
+            super().__init__(*sizes, **options)
+            wide.append(weakref.ref(self.up[...]))
+
+    monkeypatch.setattr(synthetic, "LowRankPredictor", Counted)
+    synthetic_predictors(model, profile, batch=4, rank=8, key=jax.random.key(2), in_8_bits=True)
+    assert len(alive) == 3 and max(alive) <= 1
 
 
 @pytest.mark.parametrize("changes", [{"activation": "gelu"}, {"thresholds": (0.1,) * 3}, {"sparse_rows": 8}])
