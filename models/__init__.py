@@ -3,8 +3,9 @@
 from models.hub import save_hf
 from models.mixtral import Mixtral, MixtralConfig
 from models.mixtral_checkpoint import load_mixtral, save_mixtral
-from models.opt import OPT, PRESETS, OPTConfig, with_predictors
+from models.opt import OPT, with_predictors
 from models.opt_checkpoint import load_opt, save_opt
+from models.opt_config import PRESETS, OPTConfig
 from models.swin_moe import SwinMoE, SwinMoEConfig
 from models.swin_moe_checkpoint import load_swin_moe, save_swin_moe
 from models.switch_checkpoint import load_switch, save_switch

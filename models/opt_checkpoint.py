@@ -12,7 +12,8 @@ from jax.sharding import Mesh
 
 from models import checkpoint
 from models.checkpoint import Architecture, ParameterPath, dotted, read_fields, tensor_name
-from models.opt import OPT, OPTConfig, with_layout
+from models.opt import OPT, with_layout
+from models.opt_config import OPTConfig
 from sparsellm.checkpoint import is_checkpoint
 from sparsellm.huggingface import equal_tensors
 from sparsellm.sharding import TENSOR_PARALLEL, Rules

@@ -22,7 +22,8 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from models.firing import Profile, firing_probabilities
-from models.opt import OPT, OPTConfig, with_predictors
+from models.opt import OPT, with_predictors
+from models.opt_config import OPTConfig
 from sparsellm.predictors import LowRankPredictor, Predictor
 from sparsellm.pruning.walk import walk
 from sparsellm.sharding import create_model

@@ -12,8 +12,8 @@ from flax import nnx
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
+from models import OPT, OPTConfig
 from models import layer_norm as norms
-from models.opt import OPT, OPTConfig
 from pallas_kernels.layer_norm import Config, candidates, layer_norm, peers, work
 from pallas_kernels.layer_norm.config import THREADS, check_fits, check_support
 from pallas_kernels.workbench.gpus import GPUS, targeting

@@ -391,7 +391,7 @@ def test_layouts_hold_the_same(model, tmp_path):
 SHARDED = """
 import jax, numpy as np
 from flax import nnx
-from models.opt import OPT, OPTConfig, with_predictors
+from models import OPT, OPTConfig, with_predictors
 from sparsellm.predictors import LowRankPredictor
 from sparsellm.sharding import create_model
 

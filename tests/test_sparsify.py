@@ -14,7 +14,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from sparsify_models import CNN, MLP, MaskedAutoencoder, Transformer
 
-from models.opt import OPT, OPTConfig
+from models import OPT, OPTConfig
 from sparsellm.explain import explain
 from sparsellm.micro_tiles import MicroTile
 from sparsellm.plan import Plan
