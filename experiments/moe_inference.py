@@ -5,7 +5,7 @@ one forward pass, wall-clock, from token ids or images on the device to logits: 
 and the decoder over 128 (teacher-forced), as in PIT's tables; for Swin-MoE images of 192 x 192. Memory is what XLA says
 its program takes at once (weights, inputs, outputs, temporaries), and the most that torch had allocated. The same
 weights run in our kernels and in plain XLA, and their logits are compared; torch makes its own. In torch, Switch is
-transformers' model and Swin-MoE, which transformers has not, our own of `swin_peer`, which has not run on a GPU yet.
+transformers' model and Swin-MoE, which transformers has not, our own of `swin_peer`, not timed at this size yet.
 
     python -m experiments moe_inference --keep        on a GPU; goes on where it was interrupted
 

@@ -5,8 +5,9 @@
 The upper Cholesky factor U of the inverse of H holds, row by row, what every step needs. A block of 128 inputs is
 updated at once, and all later ones by one product for each block. Work: about 2 d_in^2 d_out FLOPs and d_in^3 for U.
 
-The published weights are [out, in]: its columns are rows here. It differs in one point: exactly the share `sparsity` of
-a block is pruned, where the published code takes one weight more.
+The published weights are [out, in]: its columns are rows here. It differs in two points: exactly the share `sparsity`
+of a block is pruned, where the published code takes one weight more; and where H has no Cholesky factor, and that code
+ends, it is dampened more (`damped_factor`).
 
 Source: Frantar and Alistarh, "SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot" (ICML'23),
 algorithm 1, and its code.
