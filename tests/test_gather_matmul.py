@@ -292,5 +292,8 @@ def test_every_tile_is_walked_once(rows, columns, group, sms):
         return jnp.where(jnp.arange(waves) < schedule.own_tiles(rows * columns), i * columns + j, -1)
 
     with jax.enable_x64(False):
-        tiles = np.asarray(jax.vmap(walk, axis_name="sm")(jnp.zeros(sms))).ravel()
+        tiles = np.asarray(jax.vmap(walk, axis_name="sm")(jnp.zeros(sms)))
     assert sorted(tiles[tiles >= 0]) == list(range(rows * columns))
+    # What the cost model takes for the kernel's walk.
+    own = [(block, tile // columns) for block, walked in enumerate(tiles) for tile in walked if tile >= 0]
+    assert sorted(own) == sorted(zip(*schedule.dealt(rows, columns, group, sms), strict=True))

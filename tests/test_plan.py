@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from experiments.masks import Mask
 from pallas_kernels.workbench.gpus import GPUS
 from sparsellm import tiles
 from sparsellm.micro_tiles import MicroTile
@@ -22,6 +24,7 @@ GPU = GPUS[0]  # an H200
 with pytest.MonkeyPatch.context() as patch:
     patch.setattr(tiles, "runs_on", lambda kernel, kind: True)  # every plan, whether or not it has its kernel yet
     H200 = tiles._modelled(GPU)
+MEASURED = TileCosts.load("NVIDIA H200")
 K128, K64, M64 = Plan("k", MicroTile(128, 1)), Plan("k", MicroTile(64, 1)), Plan("m", MicroTile(1, 64))
 CUBE = (4096, 4096, 4096)
 
@@ -281,6 +284,33 @@ def test_a_saved_table_is_the_one_that_is_loaded(tmp_path, monkeypatch):
     assert json.loads(path.read_text())["measured"] == [measured[0], again[0]]
     assert TileCosts.load("NVIDIA H200").kernels == {**table.kernels, "k 128x1 bfloat16": dearer}
     tiles._load.cache_clear()
+
+
+def test_lists_of_different_lengths_cost_what_the_busiest_multiprocessor_has_to_do():
+    """Half of the rows of tiles have everything: sorted, each block gets half of it; in their own order some get all.
+
+    Waves are 128 blocks, so a block meets row i and row 31 - i by turns.
+    """
+    outer = np.where((np.arange(32) < 8) | (np.arange(32) >= 24), 32, 0)  # micro-tiles of 128 x 128
+    blocks = Plan("k", MicroTile(128, 128))
+    for plan, live, same in ((blocks, outer, 0.5), (K128, 128 * outer, 1.0)):
+        expected = on_h200(plan, same, with_index=False)
+        assert on_h200(plan, live, with_index=False) == pytest.approx(expected, rel=0.01)
+
+
+def test_kept_choices_are_near_the_best():
+    """What an H200 measured of every plan, on masks that the table was not fitted to."""
+    path = Path(__file__).parents[1] / "experiments/results/nvidia_h200/plan_choice.json"
+    rows = [row for row in json.loads(path.read_text())["rows"] if row["mask"] != "relu"]
+    near = 0
+    for row in rows:
+        tile, size = MicroTile.parse(row["granularity"]), {"m": row["m"], "k": row["k"]}
+        mask = Mask(kind=row["mask"], rows=tile.rows, cols=tile.cols, sparsity=row["sparsity"], seed=0, **size)
+        plan = choose_plan(row["m"], row["k"], row["n"], row["dtype"], sample=mask.elements(), costs=MEASURED)
+        us = row["dense_us"] if plan == DENSE else row[f"{plan}_us"]
+        near += us <= 1.1 * row["best_us"]
+        assert us <= 1.05 * row["dense_us"], row
+    assert len(rows) >= 48 and near >= 0.9 * len(rows)
 
 
 @pytest.mark.parametrize("content", ["{}", "[]", "{", '{"kernels": {"dense bfloat16": {"rate": 1}}, "measured": []}'])

@@ -8,6 +8,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -50,6 +51,15 @@ def row_and_column(number, rows: int, columns: int, group: int) -> tuple[jax.Arr
     width = jnp.minimum(group, rows - first)
     inner = number - first * columns
     return first + lax.rem(inner, width), lax.div(inner, width)
+
+
+def dealt(rows: int, columns: int, group: int, most: int) -> tuple[np.ndarray, np.ndarray]:
+    """On the host: of all tiles the block that computes it, of at most `most`, and its row of tiles."""
+    number, count = np.arange(rows * columns), blocks(rows, columns, most)
+    wave, place = np.divmod(number, count)
+    block = np.where(wave % 2 == 0, place, count - 1 - place)
+    first = number // (group * columns) * group
+    return block, first + (number - first * columns) % np.minimum(group, rows - first)
 
 
 def longest_first(counts_gmem, parts: int, order_smem, count_smem) -> None:

@@ -28,14 +28,16 @@ STEP_K = 64  # k a step of the dense tile
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TileCost:
-    """What one kernel costs: `overhead_us` + waves of tiles x `tile_us` + their steps of 64 k at the rate `tflops`.
+    """What one kernel costs: `overhead_us` + tiles x `tile_us` + their steps of 64 k at the rate `tflops`.
+
+    The tiles and steps are those of the multiprocessor that has most of them.
 
     Attributes:
         tile_m: rows of C a dense tile; 1, with `tile_n` 1, where tiles are cut to fit (a library's dense product, XLA
             on a CPU).
         tile_n: columns of C a dense tile.
         overhead_us: of a product, however small.
-        tile_us: of a wave of tiles, however few their steps.
+        tile_us: of a tile, however few its steps.
         tflops: rate of the whole device, TFLOP/s, while all its multiprocessors are in their steps.
         index_us: overhead of finding the index.
         index_ps: of finding the index, picoseconds an element of the sparse operand.
