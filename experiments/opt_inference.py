@@ -9,12 +9,12 @@ the micro-tiles of the feed-forward activations that no token makes live, in the
 same with all occurrences of a token side by side, so that fewer micro-tiles are live. Beside them transformers (SDPA,
 padded), with weights of its own, where torch and a GPU are there. Times are wall-clock medians; memory is what XLA says
 a program holds at once, and the most that torch had allocated. What attention and the feed-forward blocks take is that
-of the middle layer by itself, times the layers. Every variant's logits are compared with those of `padded` in the same
-run.
+of the middle layer by itself, times the layers; on a GPU by CUPTI, as dispatching a layer takes longer than some of
+them. Every variant's logits are compared with those of `padded` in the same run.
 
 Weights are synthetic unless `--source` is given: random, with as many neurons firing as the profile says. Without
-`--records`, tokens are random and only lengths are like real ones. Seen on an H200, in a minute without transformers:
-13B padded 583 ms, packed 199, packed and sparse 158, by token 168; 30B 1286, 460, 361 and 374: that order does not pay.
+`--records`, tokens are random and only lengths are like real ones. Seen on an H200, in four minutes with transformers:
+13B padded 577 ms, packed 194, packed and sparse 156, by token 164; 30B 1245, 428, 335 and 347: that order does not pay.
 Source: PIT (SOSP'23), section 5.2 and figure 9.
 """
 
@@ -37,7 +37,7 @@ from models import OPT
 from models.attention import Places, place_tokens
 from models.opt import with_sparse_rows
 from models.prefill import choose_sparse_rows
-from pallas_kernels.workbench.timing import Timer
+from pallas_kernels.workbench.timing import Timer, cupti
 from sparsellm.packing import Packing, pack
 
 BY_TOKEN = "packed by token+sparse"
@@ -143,7 +143,7 @@ def _measure_size(config: Config, size: str, run: Run, timer: Timer) -> list[Row
 
 
 def _measure_batch(config: Config, model: OPT, batch: list[tuple[int, ...]], timer: Timer) -> list[Row]:
-    rows, expected = [], None
+    rows, expected, on_gpu = [], None, jax.default_backend() == "gpu"
     for variant in VARIANTS:
         arrays = _padded(batch) if variant == "padded" else _packed(batch, by_token=variant == BY_TOKEN)
         sparse_rows = None
@@ -156,7 +156,7 @@ def _measure_batch(config: Config, model: OPT, batch: list[tuple[int, ...]], tim
         error = float(programs.median_error(logits, expected))
         if not error <= TOLERANCES[config.dtype]:
             raise RuntimeError(f"{variant}: logits differ by {error:.1e}, above {TOLERANCES[config.dtype]}")
-        parts = parts_ms(network, arrays[0], arrays[2], config.repeats, timer)
+        parts = parts_ms(network, arrays[0], arrays[2], config.repeats, cupti if on_gpu else timer)
         parts["rest_ms"] = round(max(time_ms - sum(parts.values()), 0), 3)
         print(f"{variant}: {time_ms} ms", flush=True)
         sparse_layers = sum(layer.sparse_rows is not None for layer in network.layers)

@@ -19,8 +19,8 @@ next one are computed, but not for magnitude, which needs no tokens. `block_s` i
 what the first one took beyond it, and `memory_gib` the most that the process has held of the device, where this method
 held more than what was before it. The check: the share of zeros, and how far the last layer's output for a window is
 from that of the dense model, relative to it, in the median over tokens. Killed at any point, the same command goes on
-after the last method. Reckoned from the above for OPT-30B, in at most 82 GiB: Wanda one minute, SparseGPT four; it has
-not run through on a GPU yet.
+after the last method. OPT-30B on an H200, 32 windows: SparseGPT three minutes and 74 GiB. At the published damping
+its sixth block came out as NaN (28,672 nearly parallel inputs, in float32): damping is raised where that happens.
 """
 
 import collections

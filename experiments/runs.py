@@ -137,7 +137,8 @@ def write_atomically(path: Path, content: str | bytes) -> Path:
 
 def read_results(results: Path = RESULTS) -> dict[tuple[str, str], dict[str, Any]]:
     """Every kept result by (device folder, file name without .json: the experiment's, or with its variant)."""
-    return {(path.parent.name, path.stem): json.loads(path.read_text()) for path in sorted(results.glob("*/*.json"))}
+    paths = sorted(results.glob("*/*.json"), key=lambda path: (path.parent.name, path.stem))  # variants come after
+    return {(path.parent.name, path.stem): json.loads(path.read_text()) for path in paths}
 
 
 def versions() -> dict[str, str]:

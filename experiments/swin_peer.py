@@ -8,8 +8,8 @@ is spared. In float32 it multiplies as TF32, routers included. Tokens over an ex
 ones first, as in Tutel.
 
 A process of its own, without JAX, as `experiments.peers` says; times are by the clock on the wall, as for
-transformers' models: eagerly, neither compiled nor as a CUDA graph. On a GPU it has run at
-the size of its tests only; on a CPU its logits were compared with the JAX model's.
+transformers' models: eagerly, neither compiled nor as a CUDA graph. Its logits are compared with the JAX model's in
+tests, at their size.
 """
 
 import dataclasses

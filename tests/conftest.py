@@ -41,6 +41,21 @@ def pytest_configure(config: pytest.Config) -> None:
         # Most of what a test on a CPU waits for is XLA's compiler, and its optimizations are most of that.
         jax.config.update("jax_disable_most_optimizations", True)
         os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # for those processes too: some compare their bits
+        _keep_programs(config)
+
+
+def _keep_programs(config: pytest.Config) -> None:
+    """What is compiled is kept in pytest's cache, for all workers, for processes that tests start, and the next run."""
+    if config.cache is None:
+        return
+    kept = {
+        "jax_compilation_cache_dir": str(config.cache.mkdir("jax")),
+        "jax_persistent_cache_min_compile_time_secs": 0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    for name, value in kept.items():
+        jax.config.update(name, value)
+        os.environ[name.upper()] = str(value)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -40,6 +40,7 @@ def arguments(files: Path, runs: Path, *more: str) -> list[str]:
 def finished(files, tmp_path_factory) -> Path:
     """The folder of a smoke run, which was interrupted between two checkpoints, and went on."""
     runs, get = tmp_path_factory.mktemp("runs"), text.ShuffledBatches.__getitem__
+    programs = jax.config.jax_compilation_cache_dir
 
     def interrupted(self, step: int):
         if step == 17:
@@ -51,7 +52,7 @@ def finished(files, tmp_path_factory) -> Path:
         assert main(arguments(files, runs)) == 130
     (run,) = (runs / "pretrain").iterdir()
     assert {path.name for path in (run / "checkpoints").iterdir()} == {"10"} and list((run / "compiled").iterdir())
-    assert jax.config.jax_compilation_cache_dir is None
+    assert jax.config.jax_compilation_cache_dir == programs
     assert main(arguments(files, runs)) == 0
     assert list((runs / "pretrain").iterdir()) == [run]
     return run
