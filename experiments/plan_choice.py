@@ -9,7 +9,8 @@ product is checked.
     python -m experiments plan_choice --keep               a minute on an H200
 
 Expected there: the best plan, or one within 5% of it, on all but one of the sixty masks (clustered 1x64 at 99%: 37%
-slower), and none slower than dense. Activations of quickstart's model are too dense to gain by any plan.
+slower), and none slower than dense. Activations of quickstart's model gain by no plan: dense takes 25 us there, every
+other 37 and more, though up to 95% of their values are zero.
 """
 
 import dataclasses

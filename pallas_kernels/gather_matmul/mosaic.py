@@ -22,8 +22,8 @@ What was tried on an H200, 4096 cubed in bfloat16, in us (cuBLAS 171 to 175), at
   29.2 / 21.7 / 12.7 -> 167 / 94.8 / 28.5 / 21.6 / 12.7, but 64x1 at 50% 124 -> 148; not taken. One buffer of zeros for
   all columns of an empty tile, and a block's shortest tile first: no gain (128x128 at 99% 15.3 -> 15.8).
 What holds it: with nothing multiplied the fill alone takes 0.57 us a step, with nothing copied the products take 0.56.
-Shared memory serves 80 kB of operands to wgmma and takes 48 kB of copies in it: 128 kB at 128 bytes a clock are all of
-these 0.57 us. The stores of C go through it too, about 5 us at 90%, which is why hiding them gains so little. Not
+Shared memory serves 80 kB of operands to wgmma and takes 48 kB of copies in it: 128 kB at 128 bytes a clock, about all
+of these 0.57 us. The stores of C go through it too, about 5 us at 90%, which is why hiding them gains so little. Not
 understood: why a few live tiles among empty ones (128x128 at 99%) cost as much as they do.
 """
 
