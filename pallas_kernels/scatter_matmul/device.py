@@ -81,7 +81,9 @@ def shared_memory(work: Work) -> dict[str, int]:
     }
 
 
-def find_sums(work: Work, block: Int, inputs: Sequence[Array], outputs: Sequence[Array], smem: dict[str, Array]):
+def find_sums(
+    work: Work, block: Int, inputs: Sequence[Array], outputs: Sequence[Array], smem: dict[str, Array]
+) -> None:
     """What a thread does.
 
     Args:
