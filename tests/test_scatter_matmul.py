@@ -101,6 +101,16 @@ def test_the_kernel_reads_nothing_that_is_not_listed(density):
     assert not np.asarray(out)[~listed.any(axis=1)].any()
 
 
+def test_the_kernel_adds_up_what_many_lists_give_one_row():
+    """Twelve sums of one row, and of no other: just what is stored at most."""
+    tiles = np.zeros((12, 12), bool)
+    tiles[7] = True
+    a, b, *_ = problem(17, m=12, n=20, k=384, width=32, density=1.0, dtype=jnp.bfloat16)
+    out = run_interpreted(lambda: scatter_matmul(a, b, index_of(tiles, 32), implementation="interpret"))
+    assert_close(out, expected(a, b, np.repeat(tiles, 32, axis=1)), 1e-2)
+    assert not np.delete(np.asarray(out), 7, axis=0).any()
+
+
 def shuffled_lists(seed: int, lists: int, m: int, density: float) -> tuple[np.ndarray, np.ndarray]:
     """Lists out of order, the second one empty, with any integers after the counts."""
     rng = np.random.default_rng(seed)

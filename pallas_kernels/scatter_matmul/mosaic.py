@@ -1,14 +1,16 @@
 """The Mosaic GPU kernel of `scatter_matmul` for Hopper: listed rows of A, block by block of its columns.
 
 One list of whole rows is one product: its results are scattered into zeros. With several lists a row of C is a sum, and
-adding to it in place would make the order of the blocks one of chance. So what each list gives is stored densely, in
-its own order and the operands' dtype, and a second kernel adds up what belongs to a row. Writing and reading that takes
-4 * N bytes a listed row of a block (8 in float32), which is what it costs; past `_capacity` listed rows a dense product
-is quicker, and the same launch makes that of A as it is masked: the second kernel then finds one sum a row.
+adding to it in place would make the order of the blocks one of chance. So there are three launches. The first (`sums`)
+finds which rows of A each product reads, and which results make each row of C. The second stores what each list gives
+densely, in its own order and the operands' dtype, and the third adds up what belongs to a row. Writing and reading that
+takes 4 * N bytes a listed row of a block (8 in float32), which is what it costs; past `_capacity` listed rows a dense
+product is quicker, and the second launch makes that of A as it is masked: the third then finds one sum a row.
 
 Measured on an H200, 4096 cubed in bfloat16 (cuBLAS 168), in us at 90 / 95 / 99%: 1x128 123 / 77 / 47; 1x64 195 / 119 /
-61 to 64; 1x32 - / 210 / 104; past the capacity 370 to 420 (1x32: 690 to 780). At 1x64 and 99% the products take 22 to
-26, the sums 24, and nine small kernels of XLA before them 16: one kernel for these is what is left to win.
+61 to 64; 1x32 - / 210 / 104; past the capacity 370 to 420 (1x32: 690 to 780). That was with nine small kernels of XLA
+in place of the first launch (16 at 1x64 and 99%, where the products took 22 to 26 and the sums 24), and sums that
+looked through all lists for each row. What this takes without either is not timed yet.
 """
 
 import jax.numpy as jnp

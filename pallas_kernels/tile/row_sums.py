@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int32
 THREADS = 128
 COLUMNS = THREADS  # what the columns of A must be a multiple of
 PART_BYTES = 8192  # of a row that a block takes: with 16 of them a multiprocessor hides the latency of its loads
-AHEAD = 8  # numbers of a row loaded at a time, all under way together
+AHEAD = 4  # numbers of a row loaded at a time, while those before them are added
 
 
 def _parts(columns: int, itemsize: int) -> tuple[int, int]:
@@ -38,7 +38,7 @@ def _row_sums_kernel(a_gmem, numbers_gmem, counts_gmem, out_gmem, *, part: int, 
 
     def add_some(i, carry):
         total, numbers = carry
-        following = load(i + 1)  # under way while these are added
+        following = load(i + 1)
         for j, number in enumerate(numbers):
 
             def add(number=number, total=total):
@@ -49,7 +49,7 @@ def _row_sums_kernel(a_gmem, numbers_gmem, counts_gmem, out_gmem, *, part: int, 
         return total, following
 
     zeros = plgpu.layout_cast(jnp.zeros(part, jnp.float32), layout)
-    # The first numbers do not wait for the count: most rows have no more.
+    # The first numbers do not wait for the count.
     total, _ = lax.fori_loop(0, pl.cdiv(count, AHEAD), add_some, (zeros, load(0)))
     out_gmem[row, pl.ds(column, part)] = total.astype(out_gmem.dtype)
 
