@@ -133,9 +133,10 @@ def _enter(work: Work, block: Int, indices: Array, counts: Array, reads: Array, 
         def enter_entries(step, carry):
             loaded = []  # the loads first: all of them are under way together
             for i, count, start in zip(lists, counted, starts, strict=True):
+                last = ln.maximum(count - 1, 0)  # from there on all lanes load one entry, not what nobody needs
                 for first in range(0, span, WARP):
                     position = step * (team * span) + (start + (lane + first))
-                    row = indices.load(i * work.length + ln.minimum(position, work.length - 1))
+                    row = indices.load(i * work.length + ln.minimum(position, last))
                     loaded.append((i, position, row, position < count))
             for i, position, row, exists in loaded:
                 offset = ln.select(exists, row - first_row, -1)  # after the count there may be anything
