@@ -339,6 +339,10 @@ def test_wrong_implementation():
     narrow = micro_tile_index(a, 16)
     with pytest.raises(NotImplementedError, match="multiples of 32, or one list of whole rows; got rows=16, K=64"):
         scatter_matmul(a, b, narrow, implementation="interpret")
+    k = 32 * device.MOST_LISTS + 1
+    many = MicroTileIndex(indices=jnp.zeros((24576, 1), jnp.int32), counts=jnp.zeros(24576, jnp.int32), rows=32)
+    with pytest.raises(NotImplementedError, match="24575 lists at most; got K=786401, rows=32"):
+        scatter_matmul(jnp.ones((1, k)), jnp.ones((k, 8)), many, implementation="interpret")
     for wrong in ({"block_n": 96, "stages": 2}, {"block_n": 64, "stages": 1}, {"block_n": 256}, {"block_m": 32}):
         with pytest.raises(ValueError, match="block_n must be|stages must be|block_m must be"):
             scatter_matmul(a, b, index, config=Config(**wrong), implementation="interpret")
