@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import lanes
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import MicroTileIndex, micro_tile_index
-from pallas_kernels.scatter_matmul import Config, candidates, peers, scatter_matmul, work
+from pallas_kernels.scatter_matmul import Config, candidates, device, peers, scatter_matmul, work
 from pallas_kernels.scatter_matmul.mosaic import check_config
 from pallas_kernels.scatter_matmul.reference import _xla_loop, _xla_masked
 from pallas_kernels.workbench.interpreter import run_interpreted
@@ -98,6 +99,63 @@ def test_the_kernel_reads_nothing_that_is_not_listed(density):
     out = run_interpreted(lambda: scatter_matmul(a, b, index, implementation="interpret"))
     assert_close(out, ref, 1e-2)
     assert not np.asarray(out)[~listed.any(axis=1)].any()
+
+
+def test_the_kernel_adds_up_what_many_lists_give_one_row():
+    """Twelve sums of one row, and of no other: just what is stored at most."""
+    tiles = np.zeros((12, 12), bool)
+    tiles[7] = True
+    a, b, *_ = problem(17, m=12, n=20, k=384, width=32, density=1.0, dtype=jnp.bfloat16)
+    out = run_interpreted(lambda: scatter_matmul(a, b, index_of(tiles, 32), implementation="interpret"))
+    assert_close(out, expected(a, b, np.repeat(tiles, 32, axis=1)), 1e-2)
+    assert not np.delete(np.asarray(out), 7, axis=0).any()
+
+
+def shuffled_lists(seed: int, lists: int, m: int, density: float) -> tuple[np.ndarray, np.ndarray]:
+    """Lists out of order, the second one empty, with any integers after the counts."""
+    rng = np.random.default_rng(seed)
+    indices, counts = rng.integers(-(2**31), 2**31, (lists, m)).astype(np.int32), np.zeros(lists, np.int32)
+    for i in set(range(lists)) - {1}:
+        listed = rng.permutation(np.flatnonzero(rng.random(m) < density))
+        counts[i] = len(listed)
+        indices[i, : len(listed)] = listed
+    return indices, counts
+
+
+@pytest.mark.parametrize(
+    ("lists", "m", "density", "capacity"),
+    [
+        (2, 45, 0.5, 100),  # sixteen warps share a list
+        (3, 300, 1.0, 599),  # all but fits
+        (3, 300, 1.0, 600),  # just fits
+        (5, 700, 0.9, 0),
+        (64, 33, 0.03, 264),
+        (100, 40, 0.4, 4000),
+        (700, 60, 0.1, 480),  # past the capacity; more lists than a warp reads together, fewer rows than warps
+        (600, 35, 0.0, 280),  # nothing listed
+    ],
+)
+def test_the_device_code_that_finds_sums(lists, m, density, capacity, unchecked):
+    indices, counts = shuffled_lists(lists, lists, m, density)
+    work = device.Work(lists=lists, length=m, capacity=capacity, block_m=64)
+    shapes = *[(lists + 1,)] * 3, (2 * lists, m), (m, lists), (m,)
+    out = lanes.run(device.find_sums, work, [indices, counts], shapes, device.shared_memory(work), partial=(3, 4))
+    group_counts, write_starts, ends, reads, numbers, row_counts = out
+    fits, first = counts.sum() <= capacity, np.cumsum(counts) - counts
+    np.testing.assert_array_equal(group_counts, [*counts, 0] if fits else [0] * lists + [m])
+    np.testing.assert_array_equal(ends, np.cumsum(-(-group_counts // 64)))
+    np.testing.assert_array_equal(write_starts, [*first, 0])
+    makes = [[] for _ in range(m)]
+    for i, (entries, count) in enumerate(zip(indices, counts, strict=True)):
+        np.testing.assert_array_equal(reads[i, :count], entries[:count] * lists + i)
+        assert (reads[i, count:] == lanes.UNWRITTEN).all()
+        masked = np.full(m, -1)
+        masked[entries[:count]] = entries[:count] * lists + i
+        np.testing.assert_array_equal(reads[lists + i], np.full(m, lanes.UNWRITTEN) if fits else masked)
+        for position, row in enumerate(entries[:count]):
+            makes[row].append(first[i] + position)
+    for row, made in enumerate(makes):
+        assert numbers[row, : row_counts[row]].tolist() == (made if fits else [row])
 
 
 def test_rows_listed_nowhere_are_exact_zeros():
@@ -281,6 +339,10 @@ def test_wrong_implementation():
     narrow = micro_tile_index(a, 16)
     with pytest.raises(NotImplementedError, match="multiples of 32, or one list of whole rows; got rows=16, K=64"):
         scatter_matmul(a, b, narrow, implementation="interpret")
+    k = 32 * device.MOST_LISTS + 1
+    many = MicroTileIndex(indices=jnp.zeros((24576, 1), jnp.int32), counts=jnp.zeros(24576, jnp.int32), rows=32)
+    with pytest.raises(NotImplementedError, match="24575 lists at most; got K=786401, rows=32"):
+        scatter_matmul(jnp.ones((1, k)), jnp.ones((k, 8)), many, implementation="interpret")
     for wrong in ({"block_n": 96, "stages": 2}, {"block_n": 64, "stages": 1}, {"block_n": 256}, {"block_m": 32}):
         with pytest.raises(ValueError, match="block_n must be|stages must be|block_m must be"):
             scatter_matmul(a, b, index, config=Config(**wrong), implementation="interpret")

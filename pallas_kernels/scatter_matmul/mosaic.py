@@ -1,20 +1,24 @@
 """The Mosaic GPU kernel of `scatter_matmul` for Hopper: listed rows of A, block by block of its columns.
 
 One list of whole rows is one product: its results are scattered into zeros. With several lists a row of C is a sum, and
-adding to it in place would make the order of the blocks one of chance. So what each list gives is stored densely, in
-its own order and the operands' dtype, and a second kernel adds up what belongs to a row. Writing and reading that takes
-4 * N bytes a listed row of a block (8 in float32), which is what it costs; past `_capacity` listed rows a dense product
-is quicker, and the same launch makes that of A as it is masked: the second kernel then finds one sum a row.
+adding to it in place would make the order of the blocks one of chance. So there are three launches. The first (`sums`)
+finds which rows of A each product reads, and which results make each row of C. The second stores what each list gives
+densely, in its own order and the operands' dtype, and the third adds up what belongs to a row. Writing and reading that
+takes 4 * N bytes a listed row of a block (8 in float32), which is what it costs; past `_capacity` listed rows a dense
+product is quicker, and the second launch makes that of A as it is masked: the third then finds one sum a row.
 
 Measured on an H200, 4096 cubed in bfloat16 (cuBLAS 168), in us at 90 / 95 / 99%: 1x128 123 / 77 / 47; 1x64 195 / 119 /
-61 to 64; 1x32 - / 210 / 104; past the capacity 370 to 420 (1x32: 690 to 780). At 1x64 and 99% the products take 22 to
-26, the sums 24, and nine small kernels of XLA before them 16: one kernel for these is what is left to win.
+61 to 64; 1x32 - / 210 / 104; past the capacity 370 to 420 (1x32: 690 to 780). That was with nine small kernels of XLA
+in place of the first launch (16 at 1x64 and 99%, where the products took 22 to 26 and the sums 24), and sums that
+looked through all lists for each row. What this takes without either is not timed yet.
 """
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int32
+from jaxtyping import Array, Float
 
 from pallas_kernels.micro_tile_index import MicroTileIndex
+from pallas_kernels.scatter_matmul.device import MOST_LISTS
+from pallas_kernels.scatter_matmul.sums import find_sums
 from pallas_kernels.tile import device, row_groups, row_sums, row_tiling
 from pallas_kernels.tile.launch import lowered_once
 from pallas_kernels.tile.row_tiling import Config, Geometry
@@ -51,39 +55,13 @@ def _blocks(a, b, index: MicroTileIndex, config: Config, interpret: bool) -> Flo
     (m, k), n, (lists, width) = a.shape, b.shape[1], (index.indices.shape[0], index.rows)
     a, b = jnp.pad(a, ((0, 0), (0, -k % width))), jnp.pad(b, ((0, -k % width), (0, 0)))
     capacity = _capacity(m, k)
-    groups, numbers = _sums(index, capacity)
+    groups, numbers, counts = find_sums(index, capacity, config.block_m, interpret)
     geometry = Geometry(config=config, matrices=lists, depth=width, width=n, transposed=False, dtype=a.dtype, summed=m)
     sums = row_groups.row_groups_matmul(  # row m of A is `lists` rows, one for each block
         "scatter_matmul", a.reshape(m * lists, width), b.reshape(lists, width, n), groups, geometry,
         out=(capacity, n + -n % row_sums.COLUMNS), most_slots=capacity, interpret=interpret,
     )  # fmt: skip
-    return row_sums.row_sums("scatter_matmul_sums", sums, numbers, interpret=interpret)[:, :n]
-
-
-def _sums(index: MicroTileIndex, capacity: int) -> tuple[row_groups.Groups, Int32[Array, "M lists"]]:
-    """The products to make, and which of their results make each row of C.
-
-    A group for each list, which stores its results after those before it. And one of all rows, which sums over the
-    blocks itself, for when the lists have more than `capacity` entries: then it alone has any slots.
-    """
-    lists, m = index.indices.shape
-    row, block = jnp.arange(m, dtype=jnp.int32), jnp.arange(lists, dtype=jnp.int32)
-    ends = jnp.cumsum(index.counts, dtype=jnp.int32)
-    first, fits = ends - index.counts, ends[-1] <= capacity
-    listed: Bool[Array, "lists M"] = row[None] < index.counts[:, None]
-    target = jnp.where(listed, index.indices, m + row[None])  # out of range, so dropped, and still distinct
-    absent = jnp.full((m, lists), -1, jnp.int32)
-    stored = absent.at[target, block[:, None]].set(first[:, None] + row[None], mode="drop", unique_indices=True)
-    masked = jnp.where(stored >= 0, row[:, None] * lists + block[None], -1).T
-    reads = jnp.concatenate([index.indices * lists + block[:, None], masked])
-    groups = row_groups.Groups(
-        starts=jnp.arange(lists + 1, dtype=jnp.int32) * m,
-        counts=jnp.append(jnp.where(fits, index.counts, 0), jnp.where(fits, 0, m)),
-        reads=reads.reshape(-1),
-        writes=None,
-        write_starts=jnp.append(first, 0),
-    )
-    return groups, jnp.where(fits, stored, jnp.where(block[None] == 0, row[:, None], -1))
+    return row_sums.row_sums("scatter_matmul_sums", sums, numbers, counts, interpret=interpret)[:, :n]
 
 
 def candidates(a, b, index: MicroTileIndex) -> list[Config]:
@@ -101,6 +79,9 @@ def check_support(a, index: MicroTileIndex, devices: tuple[str, ...] | None) -> 
     if index.rows < a.shape[1] and index.rows % 32 != 0:
         rule = "the Mosaic kernel needs rows in multiples of 32, or one list of whole rows"
         raise NotImplementedError(f"{rule}; got rows={index.rows}, K={a.shape[1]}")
+    if index.counts.shape[0] > MOST_LISTS:
+        rule = f"the Mosaic kernel takes {MOST_LISTS} lists at most"
+        raise NotImplementedError(f"{rule}; got K={a.shape[1]}, rows={index.rows}")
     if devices is not None:
         device.require_device("scatter_matmul", devices)
 

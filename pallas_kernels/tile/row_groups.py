@@ -44,6 +44,7 @@ class Groups:
         reads: row of A of each slot, int32 [slots]; None: row s.
         writes: row of the result of each slot; None: row s.
         write_starts: slots of a group count from here on where results go; None: from `starts`.
+        ends: rows of tiles, of `block_m` slots each, up to and with each group's; None: found from `counts`.
     """
 
     starts: Int32[Array, " groups"]
@@ -51,6 +52,7 @@ class Groups:
     reads: Int32[Array, " slots"] | None
     writes: Int32[Array, " slots"] | None
     write_starts: Int32[Array, " groups"] | None = None
+    ends: Int32[Array, " groups"] | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -320,9 +322,11 @@ def row_groups_matmul(
     a, b = _aligned(a, b, geometry)
     if geometry.split:
         a, b = split(a), split(b)
-    rows_of_tiles = pl.cdiv(groups.counts, config.block_m)
+    ends = groups.ends
+    if ends is None:
+        ends = jnp.cumsum(pl.cdiv(groups.counts, config.block_m), dtype=jnp.int32)
     operands = {
-        "a": a, "b": b, "ends": jnp.cumsum(rows_of_tiles, dtype=jnp.int32), "starts": groups.starts,
+        "a": a, "b": b, "ends": ends, "starts": groups.starts,
         "counts": groups.counts, "reads": groups.reads, "writes": groups.writes, "write_starts": groups.write_starts,
         # Slots without a matrix have a row of zeros; loads go on past the last column, and the last slot.
         "bias": None if bias is None else jnp.pad(bias, ((0, 1), (0, 256))),

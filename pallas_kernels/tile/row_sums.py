@@ -1,4 +1,4 @@
-"""Sums of listed rows: out[m] = sum of A[numbers[m, i]] over the i where that is not -1, in float32 and in their order.
+"""Sums of listed rows: out[m] = sum of A[numbers[m, i]] over i < counts[m], in float32 and in their order.
 
 A block takes a row of the result, or a part of it: what it reads are whole lines, and it writes each result once, also
 where nothing is listed. So nobody has to write zeros first, and equal inputs give equal bits.
@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int32
 THREADS = 128
 COLUMNS = THREADS  # what the columns of A must be a multiple of
 PART_BYTES = 8192  # of a row that a block takes: with 16 of them a multiprocessor hides the latency of its loads
-AHEAD = 8  # numbers loaded at a time
+AHEAD = 4  # numbers of a row loaded at a time, while those before them are added
 
 
 def _parts(columns: int, itemsize: int) -> tuple[int, int]:
@@ -28,38 +28,49 @@ def _parts(columns: int, itemsize: int) -> tuple[int, int]:
     return THREADS * vector * max(v for v in range(1, most + 1) if vectors % v == 0), vector
 
 
-def _row_sums_kernel(a_gmem, numbers_gmem, out_gmem, *, part: int, layout: Any):
+def _row_sums_kernel(a_gmem, numbers_gmem, counts_gmem, out_gmem, *, part: int, layout: Any):
     parts, entries = out_gmem.shape[1] // part, numbers_gmem.shape[1]
     row, column = lax.div(lax.axis_index("part"), parts), lax.rem(lax.axis_index("part"), parts) * part
+    count = counts_gmem[row]
 
-    def add_entries(i, total):
-        numbers = [numbers_gmem[row, i * AHEAD + j] for j in range(AHEAD)]
-        for number in numbers:
+    def load(i):
+        return [numbers_gmem[row, jnp.minimum(i * AHEAD + j, entries - 1)] for j in range(AHEAD)]
+
+    def add_some(i, carry):
+        total, numbers = carry
+        following = load(i + 1)
+        for j, number in enumerate(numbers):
 
             def add(number=number, total=total):
                 a = plgpu.load(a_gmem.at[number, pl.ds(column, part)], layout=layout, optimized=False)
                 return total + a.astype(jnp.float32)
 
-            total = lax.cond(number >= 0, add, lambda total=total: total)
-        return total
+            total = lax.cond(i * AHEAD + j < count, add, lambda total=total: total)
+        return total, following
 
     zeros = plgpu.layout_cast(jnp.zeros(part, jnp.float32), layout)
-    total = lax.fori_loop(0, entries // AHEAD, add_entries, zeros)
+    # The first numbers do not wait for the count.
+    total, _ = lax.fori_loop(0, pl.cdiv(count, AHEAD), add_some, (zeros, load(0)))
     out_gmem[row, pl.ds(column, part)] = total.astype(out_gmem.dtype)
 
 
 def row_sums(
-    name: str, a: Float[Array, "rows columns"], numbers: Int32[Array, "M entries"], *, interpret: bool
+    name: str,
+    a: Float[Array, "rows columns"],
+    numbers: Int32[Array, "M entries"],
+    counts: Int32[Array, " M"],
+    *,
+    interpret: bool,
 ) -> Float[Array, "M columns"]:
     """Launches the kernel.
 
     Args:
         name: of the kernel, for profiles.
         a: A; `columns` is a multiple of COLUMNS.
-        numbers: rows of A, or -1.
+        numbers: rows of A; what is after a row's count may be anything.
+        counts: how many of each row count.
         interpret: runs it on CPU under the race detector.
     """
-    numbers = jnp.pad(numbers, ((0, 0), (0, -numbers.shape[1] % AHEAD)), constant_values=-1)
     part, vector = _parts(a.shape[1], a.dtype.itemsize)
     layout = plgpu.Layout.WG_STRIDED((part,), vec_size=vector)
     shape = numbers.shape[0], a.shape[1]
@@ -72,4 +83,4 @@ def row_sums(
         interpret=plgpu.InterpretGPUParams(detect_races=True) if interpret else None,
         kernel_name=name,
     )
-    return kernel(a, numbers)
+    return kernel(a, numbers, counts)
