@@ -194,8 +194,10 @@ def model_config(config: Config, tokens: int) -> OPTConfig:
 
 
 def l1_weight(config: Config):
-    """The L1 norm's weight as a function of the step; without one it is 0, and the density is measured all the same."""
-    peaks = config.l1 or (0.0,)
+    """The L1 norm's weight as a function of the step; None without one."""
+    peaks = config.l1
+    if not peaks:
+        return None
     if len(peaks) > config.steps:
         raise ValueError(f"l1 must have at most a stage a step; got {len(peaks)} stages, steps={config.steps}")
     return sine_stages(peaks, [config.steps * i // len(peaks) for i in range(1, len(peaks) + 1)])

@@ -28,7 +28,6 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import nnx
 from jax import lax
 from jaxtyping import Array, Int, Int32
@@ -255,7 +254,7 @@ def train_on(config: Config, subject: Subject, model: OPT, l1: float, folder: Pa
         warmup_steps=min(steps // 10, steps - 1),
         checkpoint_steps=max(steps // 4, 1),
     )
-    weight = optax.constant_schedule(0.0)
+    weight = None
     if l1:  # low for a quarter of the way, at its full weight for the last one
         weight = objectives.sine_stages((l1 / 10, l1), (max(steps // 4, 1), max(steps * 3 // 4, 2)))
     objective = watched(objectives.l1_objective(weight), subject.data.held_out[:WATCHED])

@@ -1,10 +1,12 @@
 """OPT's layer norm, with the residual sum before it: while decoding one launch of a kernel, else XLA's."""
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 from jaxtyping import Array, Float
 
 from models.feed_forward import capture
@@ -40,11 +42,53 @@ class LayerNorm(nnx.LayerNorm):
             x, y = (a[:, None] for a in layer_norm(rows, scale, bias, added, epsilon=self.epsilon))
         else:
             x = x if addend is None else x + addend
-            y = super().__call__(x).astype(x.dtype)
+            y: Array = _norm(x, jnp.asarray(self.scale), jnp.asarray(self.bias), self.epsilon)
         if self.relu:
             y = jax.nn.relu(y)
             capture(self, "norm_activation", y)
         return x, y
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _norm(
+    x: Float[Array, "*tokens d"], scale: Float[Array, " d"], bias: Float[Array, " d"], epsilon: float
+) -> Float[Array, "*tokens d"]:
+    """(x - mean) / sqrt(var + epsilon) * scale + bias, as `flax.nnx.LayerNorm` has it.
+
+    Its gradient is written down so that those of scale and bias are one pass over x and the gradient of the norm.
+    Left to itself, XLA writes their product in float32 first: of OPT-125M's training step, on an H200, 3%.
+    """
+    return _norm_forward(x, scale, bias, epsilon)[0]
+
+
+def _norm_forward(x, scale, bias, epsilon):
+    wide = x.astype(jnp.float32)
+    mean = wide.mean(axis=-1, keepdims=True)
+    inverse = lax.rsqrt(jnp.square(wide - mean).mean(axis=-1, keepdims=True) + epsilon)
+    scale_row, bias_row = (p.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,)) for p in (scale, bias))
+    y = (wide - mean) * (inverse * scale_row) + bias_row
+    return y.astype(x.dtype), (x, mean, inverse, scale, bias)
+
+
+def _norm_backward(epsilon, residuals, gradient):
+    del epsilon
+    x, mean, inverse, scale, bias = residuals
+    normed, wide = _normed(x, mean, inverse), gradient.astype(jnp.float32)
+    to_normed = wide * scale.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))
+    along = to_normed.mean(axis=-1, keepdims=True) + normed * (to_normed * normed).mean(axis=-1, keepdims=True)
+    to_x = (inverse * (to_normed - along)).astype(x.dtype)
+    # Else XLA would share what it can with the lines above, by way of memory.
+    x, mean, inverse, gradient = lax.optimization_barrier((x, mean, inverse, gradient))
+    tokens, wide = tuple(range(x.ndim - 1)), gradient.astype(jnp.float32)
+    to_scale, to_bias = (_normed(x, mean, inverse) * wide).sum(axis=tokens), wide.sum(axis=tokens)
+    return to_x, to_scale.astype(scale.dtype), to_bias.astype(bias.dtype)
+
+
+def _normed(x, mean, inverse):
+    return (x.astype(jnp.float32) - mean) * inverse
+
+
+_norm.defvjp(_norm_forward, _norm_backward)
 
 
 def _kernel_takes(x: Float[Array, "*tokens d_model"]) -> bool:

@@ -104,8 +104,9 @@ def _look_up(table: Float[Array, "rows features"], ids: Int[Array, "*ids"], dtyp
     Of a table that is cut along its rows (`axis`), each device gives what it has, and zeros else. Left to itself, XLA
     gathers the whole table on every GPU: for a step of decoding OPT-30B on two H200s, a millisecond.
 
-    The gradient is a product with one-hot rows. It would be a scatter, whose atomic sums come out another way each time
-    on a GPU, and which XLA, told to be deterministic, does one row after the other: some 10 us each.
+    The gradient adds up what belongs to equal ids (`sum_by_id`). Left to itself, JAX scatters it, with atomic sums that
+    come out another way each time on a GPU, and which XLA, told to be deterministic, does one row after the other: some
+    10 us each.
     """
 
     def held(rows, numbers, ids):
@@ -123,17 +124,30 @@ def _look_up_forward(table, ids, dtype, axis):
 
 
 def _look_up_backward(dtype, axis, residuals, g):
-    del axis
+    del axis, dtype
     table, ids = residuals
-    one_hot = jax.nn.one_hot(ids.reshape(-1), table.shape[0], dtype=dtype)
-    total = lax.dot_general(
-        one_hot,
-        g.reshape(-1, g.shape[-1]),
-        (((0,), (0,)), ((), ())),
-        precision=lax.Precision.HIGHEST,
-        preferred_element_type=jnp.float32,
-    )
+    total = sum_by_id(jnp.asarray(ids).reshape(-1), g.reshape(-1, g.shape[-1]).astype(jnp.float32), len(table))
     return total.astype(table.dtype), np.zeros(ids.shape, jax.dtypes.float0)
+
+
+def sum_by_id(ids: Int[Array, " n"], x: Float[Array, "n features"], rows: int) -> Float[Array, "rows features"]:
+    """For each id below `rows`, the sum of its x: of those in order of their ids, a scan that starts anew at each id.
+
+    So every sum has an order of its own, and each row is written once. A product with one-hot rows would do it too: of
+    OPT-125M's training step, with 50,272 tokens, on an H200, 5%.
+    """
+    order = jnp.argsort(ids)
+    ids = ids[order]
+
+    def add(left, right):
+        (sum_left, id_left), (sum_right, id_right) = left, right
+        return sum_right + jnp.where(id_left == id_right, sum_left, 0), id_right
+
+    sums, _ = lax.associative_scan(add, (x[order], ids[:, None]))
+    last = jnp.append(ids[1:] != ids[:-1], jnp.ones(min(1, len(ids)), bool))
+    nowhere = rows + jnp.arange(len(ids), dtype=jnp.int32)  # distinct there too
+    row = jnp.where(last & (ids >= 0) & (ids < rows), ids, nowhere)
+    return jnp.zeros((rows, x.shape[1]), x.dtype).at[row].set(sums, mode="drop", unique_indices=True)
 
 
 _look_up.defvjp(_look_up_forward, _look_up_backward)

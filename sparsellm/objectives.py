@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Int32
 
 type Objective = Callable[
@@ -26,13 +27,55 @@ def next_token_loss(
     mask: Bool[Array, "batch length"] | None = None,
 ) -> Float[Array, ""]:
     """Mean cross-entropy in nats a token, over the targets that `mask` keeps (0 where it keeps none)."""
-    logits = logits.astype(jnp.float32)
-    # Selected, not gathered: the gradient of that is a scatter, which XLA, told to be deterministic, does one by one.
-    is_target = jnp.arange(logits.shape[-1], dtype=targets.dtype)[None, None] == targets[..., None]
-    nats = jax.nn.logsumexp(logits, axis=-1) - jnp.where(is_target, logits, 0.0).sum(axis=-1)
+    nats = _nats(logits.astype(jnp.float32), targets)
     if mask is None:
         return nats.mean()
     return jnp.where(mask, nats, 0.0).sum() / jnp.maximum(mask.sum(dtype=jnp.int32), 1).astype(jnp.float32)
+
+
+@jax.custom_vjp
+def _nats(logits: Float[Array, "batch length vocab"], targets: Int[Array, "batch length"]):
+    """Cross-entropy of each token.
+
+    The target's logit is gathered; JAX's gradient of that would be a scatter, which XLA, told to be deterministic, does
+    one token after the other.
+    """
+    return _nats_forward(logits, targets)[0]
+
+
+def _nats_forward(logits, targets):
+    log_z = logsumexp(logits)
+    of_target = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    return log_z - of_target, (logits, targets, log_z)
+
+
+def _nats_backward(residuals, gradient):
+    logits, targets, log_z = residuals
+    is_target = jnp.arange(logits.shape[-1], dtype=targets.dtype)[None, None] == targets[..., None]
+    to_logits = jnp.exp(logits - log_z[..., None]) - is_target.astype(logits.dtype)
+    return gradient[..., None] * to_logits, np.zeros(targets.shape, jax.dtypes.float0)
+
+
+_nats.defvjp(_nats_forward, _nats_backward)
+
+
+def logsumexp(x: Float[Array, "*rows n"]) -> Float[Array, "*rows"]:
+    """Of the last axis, in one pass: `jax.nn.logsumexp` reads all of it for the maximum first.
+
+    A pair is the maximum m of some values and the sum of exp(x - m); one exponential joins two.
+    Source: Milakov and Gimelshein, "Online normalizer calculation for softmax" (2018), section 3.1.
+    """
+
+    def join(left, right):
+        (most_left, sum_left), (most_right, sum_right) = left, right
+        above = most_left - most_right
+        factor = jnp.exp(-jnp.abs(above))
+        total = jnp.where(above > 0, sum_left + sum_right * factor, sum_left * factor + sum_right)
+        return jnp.maximum(most_left, most_right), total
+
+    nothing = jnp.finfo(x.dtype).min, jnp.zeros((), x.dtype)  # not -inf, which less itself is NaN
+    most, total = lax.reduce((x, jnp.ones_like(x)), nothing, join, (x.ndim - 1,))
+    return most + jnp.log(total)
 
 
 def next_token_objective(
@@ -45,7 +88,7 @@ def next_token_objective(
 
 
 @functools.cache  # jit knows an objective by identity: the same weight compiles one step
-def l1_objective(weight: optax.Schedule, dropout_seed: int | None = None) -> Objective:
+def l1_objective(weight: optax.Schedule | None, dropout_seed: int | None = None) -> Objective:
     """The mean cross-entropy + weight(step) * the L1 norm of the feed-forward activations, which makes them sparse.
 
     The norm is that of a token in a layer, summed over neurons, averaged over tokens and layers: it does not change
@@ -54,6 +97,7 @@ def l1_objective(weight: optax.Schedule, dropout_seed: int | None = None) -> Obj
 
     Args:
         weight: of the steps before this one; `optax.constant_schedule(2e-5)` is TwELL's, `sine_stages` ProSparse's.
+            None adds nothing, and measures all the same: cheaper than a weight of 0, whose gradient is computed.
         dropout_seed: for a model that is called with `rngs`, to train it with its dropout (see `dropout_rngs`), which
             the metrics then show too; None for a model as it is.
 
@@ -69,9 +113,12 @@ def l1_objective(weight: optax.Schedule, dropout_seed: int | None = None) -> Obj
         activations = ffn_activations(captured)
         l1 = _mean(jnp.abs(h).astype(jnp.float32).sum(axis=-1).mean() for h in activations)
         density = _mean((h != 0).mean(dtype=jnp.float32) for h in activations)
+        metrics = {"loss": loss, "l1": l1, "l1_weight": jnp.float32(0), "density": density}
+        if weight is None:
+            return loss, metrics
         with jax.numpy_dtype_promotion("standard"):  # optax's schedules multiply floats with their int32 step
             factor = jnp.asarray(weight(step), jnp.float32)
-        return loss + factor * l1, {"loss": loss, "l1": l1, "l1_weight": factor, "density": density}
+        return loss + factor * l1, metrics | {"l1_weight": factor}
 
     return objective
 

@@ -169,6 +169,28 @@ TWO_GPUS = AbstractMesh(
 )
 
 
+@pytest.mark.parametrize("shape", [(2, 3), (5,), ()])
+def test_gradients_of_opts_norm(shape):
+    """Of a layer norm that is no kernel's: numpy's, in float64."""
+    generator = np.random.default_rng(11)
+    norm: Any = norms.LayerNorm(OPTConfig.preset("125m", d_model=24, heads=2), rngs=nnx.Rngs(0))
+    scale, bias, x, to_y = (generator.normal(size=size) for size in (24, 24, (*shape, 24), (*shape, 24)))
+    norm.scale[...], norm.bias[...] = (jnp.asarray(a, jnp.float32) for a in (scale, bias))
+
+    def loss(norm, x):
+        return (norm(x) * to_y.astype(np.float32)).sum()
+
+    y = norm(jnp.asarray(x, jnp.float32))
+    of_norm, to_x = jax.jit(nnx.grad(loss, argnums=(0, 1)))(norm, jnp.asarray(x, jnp.float32))
+    inverse = 1 / np.sqrt(x.var(axis=-1, keepdims=True) + 1e-5)
+    standard, g = (x - x.mean(axis=-1, keepdims=True)) * inverse, to_y * scale
+    expected = inverse * (g - g.mean(axis=-1, keepdims=True) - standard * (g * standard).mean(axis=-1, keepdims=True))
+    np.testing.assert_allclose(y, standard * scale + bias, atol=1e-5)
+    np.testing.assert_allclose(to_x, expected, atol=1e-4)
+    np.testing.assert_allclose(of_norm.scale[...], (to_y * standard).reshape(-1, 24).sum(axis=0), atol=1e-5)
+    np.testing.assert_allclose(of_norm.bias[...], to_y.reshape(-1, 24).sum(axis=0), atol=1e-5)
+
+
 def test_opt_has_its_norms_in_one_launch_for_one_token_a_row():
     """Both of the layer and the last one; none in prefill, nor over two devices."""
     graphdef, state = nnx.split(nnx.eval_shape(lambda: OPT(CONFIG, rngs=nnx.Rngs(0))))

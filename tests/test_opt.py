@@ -14,6 +14,7 @@ import pytest
 from flax import nnx
 
 from models import OPT, PRESETS, OPTConfig
+from models.activations import relu
 from models.layers import vocabulary_logits
 from models.opt import DecoderLayer
 from pallas_kernels import micro_tile_index
@@ -212,6 +213,13 @@ def test_relu_after_the_norms():
     assert (np.asarray(model.final_layer_norm(x)) < 0).any()
     _, captured = nnx.capture(model.layers[0].final_layer_norm, nnx.Intermediate)(x)
     np.testing.assert_array_equal(captured["norm_activation"][0], norms["final_layer_norm"])
+
+
+def test_the_gradient_of_relu_is_that_of_its_output():
+    x = jnp.array([-2.0, -0.0, 0.0, 1e-37, 3.0, jnp.inf, -jnp.inf])
+    y, pull = jax.vjp(relu, x)
+    np.testing.assert_array_equal(y, np.maximum(x, 0))
+    np.testing.assert_array_equal(pull(jnp.full(7, 5.0))[0], np.where(np.asarray(x) > 0, 5, 0))
 
 
 def test_nan_is_not_cut_off():
