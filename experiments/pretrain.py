@@ -10,13 +10,13 @@ tested on a CPU by killing it, on an H200 by taking the same steps twice.
 
 A token costs 6 FLOPs for each weight that it is multiplied with and 6 * layers * d_model * length for causal attention:
 0.80 GFLOP for 125M with OPT's vocabulary of 50,272, 0.60 with the default 8,192. On an H200 a step of 16 x 1,024 tokens
-of the former, 13 TFLOP, takes 40 ms (41% of the 797 TFLOP/s that cuBLAS reaches there, 33% of the 989 of the
-datasheet), 42 with dropout; 1,300 steps go over 16 MB of English, 3.3 million tokens, 6 times, in a minute, to a
-held-out perplexity of 175, with a GELU to 153, and with a ReLU and an L1 weight of 3e-4 to 132, while 2.1% of the
-activations are not zero. Twice the steps, with that weight and a dropout of 0.1, memorise so little text: 227 held out,
-a training loss of 2.2. Tried there for 350 steps: learning rates of 2e-3 and 3e-3, outputs of blocks that start at
-zero, and larger embeddings end with a higher loss. The logits of a step's tokens take 3.3 GB in float32 where the
-vocabulary is OPT's: `accumulate` divides that, should another size not fit.
+of the former, 13 TFLOP, takes 32.9 ms: 398 TFLOP/s, 50% of the 797 that cuBLAS reaches there, 40% of the 989 of the
+datasheet; one of 64 x 1,024 takes 122 ms, 54% and 43%. In a minute 1,300 steps of the former go over 16 MB of English,
+3.3 million tokens, 6 times, to a held-out perplexity of 174, with a GELU to 153, and with a ReLU and an L1 weight of
+3e-4 to 132, while 2.1% of the activations are not zero. Twice the steps, with that weight and a dropout of 0.1,
+memorise so little text: 227 held out, a training loss of 2.2. Tried there for 350 steps: learning rates of 2e-3 and
+3e-3, outputs of blocks that start at zero, and larger embeddings end with a higher loss. The logits of a step's tokens
+take 3.3 GB in float32 where the vocabulary is OPT's: `accumulate` divides that, should another size not fit.
 """
 
 import dataclasses
