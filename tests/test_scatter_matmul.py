@@ -138,12 +138,13 @@ def shuffled_lists(seed: int, lists: int, m: int, density: float) -> tuple[np.nd
 def test_the_device_code_that_finds_sums(lists, m, density, capacity, unchecked):
     indices, counts = shuffled_lists(lists, lists, m, density)
     work = device.Work(lists=lists, length=m, capacity=capacity, block_m=64)
-    shapes = *[(lists + 1,)] * 3, (2 * lists, m), (m, lists), (m,)
-    out = lanes.run(device.find_sums, work, [indices, counts], shapes, device.shared_memory(work), partial=(3, 4))
-    group_counts, write_starts, ends, reads, numbers, row_counts = out
+    shapes = *[(lists + 1,)] * 4, (2 * lists, m), (m, lists), (m,)
+    out = lanes.run(device.find_sums, work, [indices, counts], shapes, device.shared_memory(work), partial=(4, 5))
+    starts, group_counts, write_starts, ends, reads, numbers, row_counts = out
     fits, first = counts.sum() <= capacity, np.cumsum(counts) - counts
     np.testing.assert_array_equal(group_counts, [*counts, 0] if fits else [0] * lists + [m])
     np.testing.assert_array_equal(ends, np.cumsum(-(-group_counts // 64)))
+    np.testing.assert_array_equal(starts, m * np.arange(lists + 1))
     np.testing.assert_array_equal(write_starts, [*first, 0])
     makes = [[] for _ in range(m)]
     for i, (entries, count) in enumerate(zip(indices, counts, strict=True)):

@@ -90,7 +90,7 @@ def find_sums(
         work: how it is divided.
         block: number of this one.
         inputs: indices, [lists, length], and counts, [lists].
-        outputs: counts, write_starts and ends of the groups, [lists + 1]; reads, [2 * lists, length]; numbers,
+        outputs: starts, counts, write_starts and ends of the groups, [lists + 1]; reads, [2 * lists, length]; numbers,
             [length, lists], and how many of each row's count, [length].
         smem: by the names of `shared_memory`.
     """
@@ -162,7 +162,7 @@ def _group(work: Work, block: Int, counts: Array, groups: Sequence[Array], smem:
     [own] = ln.loop(rounds, [ln.constant(0)], lambda step, carry: [carry[0] + load(step)[1]])
     total = ln.warp_sum(own)
     fits = total < work.capacity + 1
-    group_counts, write_starts, ends = groups
+    starts, group_counts, write_starts, ends = groups
 
     def add_lists(step, carry):
         before, tiles_before = carry
@@ -178,6 +178,7 @@ def _group(work: Work, block: Int, counts: Array, groups: Sequence[Array], smem:
             smem["first"].store(number, first)
         with ln.when((number < work.lists) & block.equals(0)):
             group_counts.store(number, ln.select(fits, count, 0))
+            starts.store(number, number * work.length)
             write_starts.store(number, first)
             ends.store(number, ln.select(fits, tiles_before + tiles_through, 0))
         return [before + ln.warp_sum(count), tiles_before + ln.warp_sum(tiles)]
@@ -188,6 +189,7 @@ def _group(work: Work, block: Int, counts: Array, groups: Sequence[Array], smem:
     with ln.when(lane.equals(0) & block.equals(0)):
         last = ln.constant(work.lists)
         group_counts.store(last, ln.select(fits, 0, work.length))
+        starts.store(last, last * work.length)
         write_starts.store(last, 0)
         ends.store(last, ln.select(fits, tiles, pl.cdiv(work.length, work.block_m)))
 

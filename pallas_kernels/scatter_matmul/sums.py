@@ -6,7 +6,6 @@ each entry, and for each row of C; past the capacity 4 for each list and row.
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -36,7 +35,7 @@ def _find_sums(work: Work, block: jax.Array, refs) -> None:
 def _find_sums_interpreted(work: Work, block: jax.Array, refs) -> None:
     """What a block writes, with plain reads and writes: that each is written once is for the race detector."""
     indices, counts = (x[...] for x in refs[:2])
-    counts_gmem, write_starts_gmem, ends_gmem, reads_gmem, numbers_gmem, row_counts_gmem = refs[2:]
+    starts_gmem, counts_gmem, write_starts_gmem, ends_gmem, reads_gmem, numbers_gmem, row_counts_gmem = refs[2:]
     lists, m = indices.shape
     position, number = (lax.broadcasted_iota(jnp.int32, (lists, m), axis) for axis in (1, 0))
     target = jnp.where(position < counts[:, None], indices, m)  # out of range, so dropped
@@ -48,6 +47,7 @@ def _find_sums_interpreted(work: Work, block: jax.Array, refs) -> None:
     def _write_groups():
         group_counts = jnp.append(jnp.where(fits, counts, 0), jnp.where(fits, 0, m))
         counts_gmem[...] = group_counts
+        starts_gmem[...] = jnp.arange(lists + 1, dtype=jnp.int32) * m
         write_starts_gmem[...] = jnp.append(first, 0)
         ends = jnp.cumsum(pl.cdiv(group_counts, work.block_m), dtype=jnp.int32)
         ends_gmem[...] = jnp.where(fits | (jnp.arange(lists + 1) == lists), ends, 0)
@@ -100,7 +100,7 @@ def find_sums(
         find = _find_sums_interpreted if interpret else _find_sums
         find(work, lax.axis_index("block"), refs)
 
-    shapes = *((lists + 1,),) * 3, (2 * lists, m), (m, lists), (m,)
+    shapes = *((lists + 1,),) * 4, (2 * lists, m), (m, lists), (m,)
     kernel = plgpu.kernel(
         body,
         out_type=tuple(jax.ShapeDtypeStruct(shape, jnp.int32) for shape in shapes),
@@ -113,9 +113,9 @@ def find_sums(
         interpret=plgpu.InterpretGPUParams(detect_races=True) if interpret else None,
         kernel_name="scatter_matmul_find_sums",
     )
-    counts, write_starts, ends, reads, numbers, row_counts = kernel(index.indices, index.counts)
+    starts, counts, write_starts, ends, reads, numbers, row_counts = kernel(index.indices, index.counts)
     groups = row_groups.Groups(
-        starts=jnp.asarray(np.arange(lists + 1, dtype=np.int32) * m),  # a constant: no launch
+        starts=starts,
         counts=counts,
         reads=reads.reshape(-1),
         writes=None,
