@@ -21,6 +21,10 @@ What was tried on an H200, 4096 cubed in bfloat16, in us (cuBLAS 171 to 175), at
 - A tile's last 128 columns kept in registers, rounded, and stored while the next tile multiplies: 128x1 169 / 95.6 /
   29.2 / 21.7 / 12.7 -> 167 / 94.8 / 28.5 / 21.6 / 12.7, but 64x1 at 50% 124 -> 148; not taken. One buffer of zeros for
   all columns of an empty tile, and a block's shortest tile first: no gain (128x128 at 99% 15.3 -> 15.8).
+- Lists of 32 rows of their own, on the tile of 64 with half of wgmma's rows dropped, in place of micro-tiles of 64 or
+  128 rows that cover them, at 90 / 95 / 99%: 32x1 63 / 41 / 20.5, covered 64 / 42 / 19.4; 32x64 64 / 34 / 20, covered
+  58 / 33 / 18.6. Each of four lists reads rows of B of its own, from L2: 430 MB at 90%. Not taken. Entries loaded a
+  tile ahead instead of a list ahead: no change.
 What holds it: with nothing multiplied the fill alone takes 0.57 us a step, with nothing copied the products take 0.56.
 Shared memory serves 80 kB of operands to wgmma and takes 48 kB of copies in it: 128 kB at 128 bytes a clock, about all
 of these 0.57 us. The stores of C go through it too, about 5 us at 90%, which is why hiding them gains so little. Not

@@ -7,10 +7,10 @@ densely, in its own order and the operands' dtype, and the third adds up what be
 takes 4 * N bytes a listed row of a block (8 in float32), which is what it costs; past `_capacity` listed rows a dense
 product is quicker, and the second launch makes that of A as it is masked: the third then finds one sum a row.
 
-Measured on an H200, 4096 cubed in bfloat16 (cuBLAS 168), in us at 90 / 95 / 99%: 1x128 123 / 77 / 47; 1x64 195 / 119 /
-61 to 64; 1x32 - / 210 / 104; past the capacity 370 to 420 (1x32: 690 to 780). That was with nine small kernels of XLA
-in place of the first launch (16 at 1x64 and 99%, where the products took 22 to 26 and the sums 24), and sums that
-looked through all lists for each row. What this takes without either is not timed yet.
+Measured on an H200, 4096 cubed in bfloat16 (cuBLAS 168), in us at 90 / 95 / 99%: 1x64 184 / 103 / 43; 1x32 686 / 191 /
+69. Of 43 the first launch has 3, the products 26, the sums 14. Before `sums` nine small kernels of XLA took 16, and
+sums that looked through all lists for each row 24: 195 / 119 / 62; - / 210 / 104. Tiles of 64 rows are quicker where
+lists are short (1x64 42 at 99%, 1x32 63) and slower else (107 and 197 at 95%), narrower ones slower everywhere.
 """
 
 import jax.numpy as jnp
