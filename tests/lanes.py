@@ -70,7 +70,7 @@ class Int:
         self.value = np.where(bits >> 31, bits - 2**32, bits)
 
     __add__, __sub__, __mul__ = (_operator(f) for f in (np.add, np.subtract, np.multiply))
-    __and__, __or__ = (_operator(f) for f in (np.bitwise_and, np.bitwise_or))
+    __and__, __or__, __xor__ = (_operator(f) for f in (np.bitwise_and, np.bitwise_or, np.bitwise_xor))
     __lt__, __gt__, equals = (_operator(f) for f in (np.less, np.greater, np.equal))
     __floordiv__, __mod__ = (_unsigned_operator(f) for f in (np.floor_divide, np.mod))
     __lshift__, __rshift__ = (_shift(f) for f in (np.left_shift, np.right_shift))

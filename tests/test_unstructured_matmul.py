@@ -1,5 +1,6 @@
 import contextlib
 import dataclasses
+import functools
 from typing import Any, cast
 
 import jax
@@ -305,51 +306,84 @@ def test_bad_arguments_are_refused(compressed, unchecked):
 
 
 MACHINE_OPERATIONS = (
-    "begin_barriers", "expect", "arrive", "copy", "wait", "copy_chunk", "end_chunks", "wait_for_chunks", "load_half",
-    "load_word", "load_matrices", "multiply_tile", "multiply_block"
+    "begin_barriers", "expect", "arrive", "copy", "wait", "load_half", "load_word", "load_matrices",
+    "multiply_tile", "multiply_block"
 )  # fmt: skip
 
 
+@dataclasses.dataclass
+class Barrier:
+    """An mbarrier, and what is known to whoever has waited for it."""
+
+    arrivals: int
+    missing: int
+    known: np.ndarray  # by the warps that have arrived in this phase
+    tx: int = 0  # bytes that are expected, and not there
+    phase: int = 0
+    pending: list = dataclasses.field(default_factory=list)
+    released: np.ndarray | int = 0  # what was known at the end of the last phase
+
+    def end_phase(self) -> None:
+        """If all have arrived, and all bytes."""
+        if not self.missing and not self.tx:
+            self.phase, self.missing, self.released = self.phase + 1, self.arrivals, self.known.copy()
+
+
 class Machine:
-    """Shared memory of one block and its copies, which land when they begin, or not before they are waited for."""
+    """Shared memory of one block and its copies, which land when they begin, or not before they are waited for.
+
+    All threads go in step here, so a barrier that is not waited for would not be missed. Therefore each warp has a
+    clock, of its own arrivals and those of others that it knows of by a barrier, one after the other: what a copy
+    overwrites, the warp that begins it has to know to be read. And what a copy brings is read by those only that have
+    waited for its barrier.
+    """
+
+    GRANULE = 16
 
     def __init__(self, lands_late: bool):
         self.lands_late = lands_late
         self.bytes = np.full(2**18, 0x7F, np.uint8)
         self.size = 1024
-        self.phases: dict[int, int] = {}  # that have begun, by barrier
-        self.expected: dict[int, int] = {}
-        self.pending: dict[int, list] = {}
-        self.arrivals: dict[int, list[int]] = {}  # of a phase, and those still missing, by barrier
-        self.chunks: dict[int, list[list]] = {}  # groups that a thread has not waited for, the last one not ended
+        self.barriers: dict[int, Barrier] = {}
+        warps, granules = lanes.BLOCK.threads.size // 32, self.bytes.size // self.GRANULE
+        self.clocks = np.zeros((warps, warps), int)
+        self.waited_for: dict[tuple[int, int], int] = {}  # the last phase, by warp and barrier
+        self.read = np.full((warps, granules), -1)  # when by each warp, by its clock
+        self.copied = np.zeros(granules, int)  # by which of:
+        self.copies: list[tuple[int, int]] = [(0, 0)]  # their barriers and phases
 
     def allocate(self, words: int) -> int:
-        start, self.size = self.size, self.size + 4 * words
+        start, self.size = self.size, self.size + 4 * words + -4 * words % 1024
         assert start % 16 == 0
         return start
 
     def active(self):
         return lanes.BLOCK.threads[lanes.BLOCK.active[-1]]
 
+    def granules(self, place: int, size: int) -> slice:
+        return slice(place // self.GRANULE, (place + size - 1) // self.GRANULE + 1)
+
     def begin_barriers(self, address, count, arrivals=1):
         for thread in self.active():
             for i in range(count):
                 own = int(number(address)[thread]) + 8 * i
-                self.phases[own], self.arrivals[own] = 0, [arrivals, arrivals]
+                assert own not in self.barriers and own + 8 <= self.size
+                self.barriers[own] = Barrier(arrivals, arrivals, np.zeros(len(self.clocks), int))
 
     def arrive(self, barrier):
         for thread in self.active():
-            own = int(number(barrier)[thread])
-            every, missing = self.arrivals[own]
-            self.phases[own] += missing == 1
-            self.arrivals[own][1] = missing - 1 or every
+            own, warp_number = self.barriers[int(number(barrier)[thread])], thread // 32
+            assert own.missing, "a phase begins before the last is over"
+            own.known = np.maximum(own.known, self.clocks[warp_number])
+            self.clocks[warp_number, warp_number] += 1
+            own.known[warp_number] = self.clocks[warp_number, warp_number]
+            own.missing -= 1
+            own.end_phase()
 
     def expect(self, barrier, size):
         for thread in self.active():
-            own = int(number(barrier)[thread])
-            assert not self.expected.get(own), "a phase begins before all of the last was copied"
-            self.phases[own] += 1
-            self.expected[own] = int(number(size)[thread])
+            self.barriers[int(number(barrier)[thread])].tx += int(number(size)[thread])
+        self.arrive(barrier)
 
     def copy(self, source, unit, first, to, size, barrier):
         for thread in self.active():
@@ -358,45 +392,59 @@ class Machine:
             assert length > 0 and length % 16 == 0 and place % 16 == 0 and start % 16 == 0
             data = source.of(thread).bytes[start : start + length]
             assert data.size == length, "read past the end"
-            self.expected[own] -= length
-            self.pending.setdefault(own, []).append((place, data))
+            self.overwrite(thread // 32, self.granules(place, length), own)
+            self.barriers[own].pending.append((place, data))
             if not self.lands_late:
                 self.land(own)
 
+    def copy_tile(self, source, rows, tile, to, barrier):
+        """By the PTX manual's figure of a swizzle of 128 bytes, of places that are multiples of 1024."""
+        for thread in self.active():
+            own, place, first = (int(number(a)[thread]) for a in (barrier, to, tile))
+            assert place % 1024 == 0
+            data = np.zeros((rows, 64), np.uint16)
+            there = source.data.view(np.uint16)[:rows, 64 * first : 64 * (first + 1)]
+            data[: there.shape[0], : there.shape[1]] = there
+            chunks = np.arange(8) ^ np.arange(rows)[:, None] % 8
+            data = np.take_along_axis(data.reshape(rows, 8, 8), chunks[:, :, None], axis=1).reshape(-1).view(np.uint8)
+            self.overwrite(thread // 32, self.granules(place, data.size), own)
+            self.barriers[own].pending.append((place, data))
+            if not self.lands_late:
+                self.land(own)
+
+    def overwrite(self, by: int, granules: slice, barrier: int) -> None:
+        others = np.arange(len(self.clocks)) != by
+        known = self.clocks[by, others, None]
+        assert (self.read[others, granules] < known).all(), "overwritten before all have read it"
+        self.copies.append((barrier, self.barriers[barrier].phase))
+        self.copied[granules] = len(self.copies) - 1
+
     def land(self, barrier):
-        for place, data in self.pending.pop(barrier, []):
+        own = self.barriers[barrier]
+        for place, data in own.pending:
             self.bytes[place : place + data.size] = data
+            own.tx -= data.size
+        assert own.tx >= 0, "more was copied than expected"
+        if own.pending:
+            own.pending = []
+            own.end_phase()
 
     def wait(self, barrier, phase):
         for thread in self.active():
-            own = int(number(barrier)[thread])
-            assert self.phases[own] == int(number(phase)[thread]) + 1, "a wait for ever, or for a phase long over"
-            assert not self.expected.get(own)
-            self.land(own)
+            address, awaited, warp_number = int(number(barrier)[thread]), int(number(phase)[thread]), thread // 32
+            own = self.barriers[address]
+            self.land(address)
+            assert own.phase == awaited + 1, "a wait for ever, or for a phase long over"
+            self.waited_for[warp_number, address] = awaited
+            self.clocks[warp_number] = np.maximum(self.clocks[warp_number], own.released)
 
-    def copy_chunk(self, source, index, elements, to, bytes_on, there):
-        copied = np.ones_like(lanes.BLOCK.threads) if there is None else number(there)
-        for thread in self.active():
-            start, place = 2 * (int(number(index)[thread]) + elements), int(number(to)[thread]) + bytes_on
-            assert place % 16 == 0 and (not copied[thread] or start % 16 == 0)
-            data = source.bytes[start : start + 16] if copied[thread] else np.zeros(16, np.uint8)
-            assert data.size == 16, "read past the end"
-            self.chunks.setdefault(int(thread), [[]])[-1].append((place, data))
-            if not self.lands_late:
-                self.bytes[place : place + 16] = data
-
-    def end_chunks(self):
-        for thread in self.active():
-            self.chunks.setdefault(int(thread), [[]]).append([])
-
-    def wait_for_chunks(self, groups, for_wgmma):
-        for thread in self.active():
-            own = self.chunks[int(thread)]
-            for group in own[: len(own) - 1 - groups]:
-                for place, data in group:
-                    self.bytes[place : place + 16] = data
-                group.clear()
-            del own[: max(len(own) - 1 - groups, 0)]
+    def read_by(self, warp_number: int, granules: np.ndarray) -> None:
+        """Of what was copied there, and is known to be there."""
+        copies = self.copied[granules]
+        assert (copies > 0).all(), "nothing was ever written there"
+        for barrier, phase in (self.copies[i] for i in np.unique(copies)):
+            assert self.waited_for.get((warp_number, barrier), -1) >= phase, "not waited for"
+        self.read[warp_number, granules] = self.clocks[warp_number, warp_number]
 
     def load_half(self, address, offset):
         places = unsigned(address) + offset
@@ -412,6 +460,8 @@ class Machine:
         rows = lanes.BLOCK.by_warp(unsigned(address) + offset).reshape(-1, 4, 8)  # warp, matrix, row
         assert (rows % 16 == 0).all()
         assert (np.sort(rows // 16 % 8, axis=-1) == np.arange(8)).all(), "a bank conflict"
+        for warp_number in np.unique(self.active() // 32):
+            self.read_by(warp_number, rows[warp_number].reshape(-1) // self.GRANULE)
         elements = self.bytes[rows[..., None] + np.arange(16)].view(np.uint32)  # pairs of a row
         return [Int(elements[:, m].reshape(-1).astype(np.int64)) for m in range(4)]
 
@@ -442,9 +492,13 @@ class Machine:
             return halves.astype(np.uint16).view(jnp.dtype(dtype))
 
         assert np.unique(number(x)).size == 1, "a warpgroup has one x"
-        start, own = int(number(x)[0]), np.arange(32)
-        cores = self.bytes[start : start + 64 * 8 * tiles * 2].view(jnp.dtype(dtype)).reshape(8, tiles, 8, 8)
-        columns = cores.astype(np.float32).transpose(0, 3, 1, 2).reshape(64, 8 * tiles)
+        start, own, n = int(number(x)[0]), np.arange(32), 8 * tiles
+        assert start % 1024 == 0
+        for warp_number in np.unique(self.active() // 32):
+            self.read_by(warp_number, np.arange(start, start + 128 * n, self.GRANULE) // self.GRANULE)
+        swizzled = self.bytes[start : start + 128 * n].view(jnp.dtype(dtype)).reshape(n, 8, 8)
+        chunks = np.arange(8) ^ np.arange(n)[:, None] % 8
+        columns = np.take_along_axis(swizzled, chunks[:, :, None], axis=1).reshape(n, 64).astype(np.float32).T
         out = np.stack([number(r).astype(np.int32).view(np.float32) for r in acc])
         for first in range(0, lanes.BLOCK.threads.size, 32):
             in_warp = slice(first, first + 32)
@@ -540,6 +594,9 @@ def on_numpy(machine: Machine):
     [
         ("half", False, 13, 3, 1, True),
         ("one row", False, 8, 1, 1, False),
+        ("half", False, 24, 2, 2, True),
+        ("clustered", True, 31, 3, 1, False),
+        ("tenth", False, 64, 2, 1, True),
         ("full", False, 8, 2, 2, True),
         ("full", False, 8, 2, 1, False),
         ("empty", False, 8, 5, 1, True),
@@ -603,32 +660,48 @@ def test_rings_go_on_from_part_to_part(pieces, compressed, unchecked, monkeypatc
     assert np.concatenate(ahead[1:]).min() >= 1 and np.concatenate(ahead).max() <= pieces - 2
 
 
-@pytest.mark.parametrize(("n", "warpgroups"), [(13, 1), (8, 3)])
-def test_x_lies_as_the_b_operand_of_wgmma(n, warpgroups, compressed, unchecked):
-    """By the PTX manual's canonical layout, K-major, no swizzle: each element of a second stage by its strides."""
+@pytest.mark.parametrize(("n", "warpgroups", "pieces"), [(13, 1, 5), (8, 3, 5), (40, 4, 5), (61, 4, 5), (64, 4, 4)])
+def test_steps_of_x(n, warpgroups, pieces, compressed, unchecked):
+    """As a tensor map lays them out, of a block that begins with x's third section and then goes through all of it."""
     x = np.arange(1100 * n).reshape(1100, n).astype(np.uint16)
-    division = divide([compressed["half"]], n, Config(warpgroups=warpgroups, pieces=5), 1)
-    assert division.step_blocks == QUAD
-    machine, steps_of = Machine(lands_late=True), cast(Any, pipelines.Steps.of)
+    division = divide([compressed["half"]], n, Config(warpgroups=warpgroups, pieces=pieces), 1)
+    division = dataclasses.replace(division, matrices=4, units=2)
     lanes.BLOCK = lanes.Block(division.threads)
+    machine, steps_of = Machine(lands_late=True), cast(Any, pipelines.Steps.of)
     with on_numpy(machine):
-        place, barriers = machine.allocate(4 * QUAD * division.tiles * 256), machine.allocate(8)
-        for barrier in range(barriers, barriers + 32, 8):
-            machine.phases[barrier], machine.arrivals[barrier] = 0, [4 * warpgroups, 4 * warpgroups]
-        source = Gmem(np.asarray(by_column(jnp.asarray(x))))
-        steps = steps_of(division, Int(0), source, Int(place), Int(barriers))
-        assert (number(steps.count) == 5 * division.groups).all()  # of 18 blocks, for each group
+        smem = {name: machine.allocate(words) for name, words in pipelines.shared_memory(division).items()}
+        assert machine.size - 1024 <= 227 * 1024
+        copy = copies_of(machine, division, np.asarray(by_column(jnp.asarray(x))))
+        steps = steps_of(division, Int(1), copy, Int(smem["x"]), Int(smem["x_barriers"]))
+        in_quad = QUAD // division.step_blocks
+        assert (number(steps.first) == 4 * in_quad).all() and (number(steps.count) == (1 + 2) * in_quad).all()
+        steps.prepare()
         steps.begin()
-        tiles, found = division.tiles, []
-        for step in range(5):
+        found, size = [], division.step_blocks * division.tiles * 1024
+        for step in range(3 * in_quad):
             own = int(number(steps.next(Int(step)))[0])
-            assert own == place + step % 4 * QUAD * tiles * 1024
-            found.append(machine.bytes[own:][: QUAD * tiles * 1024].copy())
-    found = np.concatenate(found).view(np.uint16)
-    k, columns = np.meshgrid(np.arange((18 + -18 % QUAD) * 64), np.arange(8 * tiles), indexing="ij")
-    expected = np.pad(x, ((0, 2048 - 1100), (0, 8 * tiles - n)))[k, columns]
-    offsets = k // 8 * 64 * tiles + columns // 8 * 64 + columns % 8 * 8 + k % 8
-    np.testing.assert_array_equal(found[offsets], expected)
+            blocks = machine.bytes[own:][:size].copy().view(np.uint16).reshape(-1, 8 * division.tiles, 8, 8)
+            chunks = (np.arange(8) ^ np.arange(8 * division.tiles)[:, None] % 8)[None, :, :, None]
+            rows = np.take_along_axis(blocks, chunks, axis=2).reshape(-1, 8 * division.tiles, 64)
+            found.append(rows.transpose(1, 0, 2).reshape(8 * division.tiles, -1))
+            steps.release(Int(step))
+    expected = np.pad(x, ((0, 1280 - 1100), (0, 8 * division.tiles - n)))
+    np.testing.assert_array_equal(np.concatenate(found, axis=1), np.concatenate([expected[1024:], expected[:512]]).T)
+
+
+@pytest.mark.parametrize(
+    ("left_out", "message"),
+    [("release", "a wait for ever"), ("_copy", "a wait for ever"), ("begin", "a wait for ever")],
+)
+def test_numpy_lanes_miss_what_is_left_out(left_out, message, compressed, unchecked, monkeypatch):
+    monkeypatch.setattr(pipelines.Steps, left_out, lambda *_: None)
+    with pytest.raises(AssertionError, match=message):
+        sums_on_numpy([compressed["tenth"]], jnp.ones((1100, 5), jnp.bfloat16), Config(), 1, True)
+
+
+def copies_of(machine, division, x):
+    """What begins the copies of a block of x."""
+    return functools.partial(machine.copy_tile, Gmem(x), 8 * division.tiles)
 
 
 @pytest.mark.parametrize(
@@ -649,12 +722,12 @@ def run_on_numpy(kernel, division, weights, more, out: np.ndarray, lands_late: b
     arrays = [*(getattr(w, name) for name in ("values", "masks", "rows", "lags") for w in weights), *more]
     inputs, written = [Gmem(np.asarray(a)) for a in arrays], Gmem(out)
     for block in range(division.grid):
-        machine = Machine(lands_late)
         lanes.BLOCK = lanes.Block(division.threads)
+        machine = Machine(lands_late)
         with on_numpy(machine):
             smem = {name: machine.allocate(words) for name, words in pipelines.shared_memory(division).items()}
-            kernel(division, Int(block), inputs, [written], smem)
-        assert not machine.pending and not any(map(any, machine.chunks.values())), "a copy that nobody waited for"
+            kernel(division, Int(block), inputs, [written], smem, *(copies_of(machine, division, x) for x in more))
+        assert not any(barrier.pending for barrier in machine.barriers.values()), "a copy that nobody waited for"
     assert (written.times_written == 1).all()
     return written.flat.reshape(out.shape)
 

@@ -45,7 +45,8 @@ class Int:
 
     __add__, __sub__, __mul__ = map(_integer, (arith.addi, arith.subi, arith.muli))
     __floordiv__, __mod__ = map(_integer, (arith.divui, arith.remui))
-    __and__, __or__, __lshift__, __rshift__ = map(_integer, (arith.andi, arith.ori, arith.shli, arith.shrui))
+    __and__, __or__, __xor__ = map(_integer, (arith.andi, arith.ori, arith.xori))
+    __lshift__, __rshift__ = map(_integer, (arith.shli, arith.shrui))
     __lt__, __gt__ = _comparison(arith.CmpIPredicate.slt), _comparison(arith.CmpIPredicate.sgt)
     equals = _comparison(arith.CmpIPredicate.eq)
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pallas_kernels.tile import lane as ln
 from pallas_kernels.tile.lane import Array, Int
 from pallas_kernels.unstructured_matmul import layout, warp
-from pallas_kernels.unstructured_matmul.config import CHUNK, MMA_TILES, QUAD, ROW_BYTES, STEPS, TILE_N, X_TILE_BYTES
+from pallas_kernels.unstructured_matmul.config import MMA_TILES, QUAD, ROW_BYTES, TILE_N, X_TILE_BYTES
 from pallas_kernels.unstructured_matmul.decoding import EVEN_ONES, decode, decode_pairs
 from pallas_kernels.unstructured_matmul.division import Part, Work
 from pallas_kernels.unstructured_matmul.pipelines import LAG_PIECES, PIECE_BYTES, Ring, Source, Steps
@@ -20,15 +20,13 @@ from pallas_kernels.unstructured_matmul.pipelines import LAG_PIECES, PIECE_BYTES
 REGISTERS = 4  # of an accumulator of 16 x 8
 
 
-def multiply(work: Work, block: Int, inputs, outputs, smem: dict[str, Array]) -> None:
-    """What a thread does; inputs are those of `Matrix`, and x [n, columns]."""
-    x, x_barriers = (warp.address_of(smem[name]) for name in ("x", "x_barriers"))
+def multiply(work: Work, block: Int, inputs, outputs, smem: dict[str, Array], copy: Callable) -> None:
+    """What a thread does; inputs are those of `Matrix`, and `copy` begins that of a block of x, as in `Steps`."""
     parts = Parts.of(work, block, inputs, smem)
     loaded = parts.load()
-    with ln.when(ln.thread().equals(0)):
-        warp.begin_barriers(x_barriers, STEPS, work.config.warps)
+    steps = Steps.of(work, block, copy, *(warp.address_of(smem[name]) for name in ("x", "x_barriers")))
+    steps.prepare()
     ln.block_barrier()
-    steps = Steps.of(work, block, inputs[-1], x, x_barriers)
     steps.begin()
 
     def multiply_part(strip, state, carry):
@@ -322,9 +320,12 @@ def _multiply_strip(strip: Strip, state: list[Int], steps: Steps, before: Int) -
 
         def multiply(block, registers):
             nonlocal place
-            step, within = divmod(block, work.step_blocks)
-            place = place if within else steps.next(before + quad * (QUAD // work.step_blocks) + step)
+            number, within = divmod(block, work.step_blocks)
+            step = before + quad * (QUAD // work.step_blocks) + number
+            place = place if within else steps.next(step)
             sums[:] = _multiply_block(work, sums, registers, place + within * block_bytes)
+            if within == work.step_blocks - 1:
+                steps.release(step)
 
         return strip.decode_quad(carry[: len(state)], quad * QUAD, multiply) + sums
 
@@ -337,13 +338,14 @@ def _multiply_block(work: Work, sums: list[Int], registers: list[Int], x: Int) -
     tiles = work.tiles
     if tiles > MMA_TILES:
         return warp.multiply_block(sums, registers, x, tiles, work.dtype)
-    lane, core_bytes = ln.thread() % ln.WARP, tiles * warp.CORE_BYTES
-    column = x + (lane // TILE_N) * core_bytes + (lane % TILE_N) * (2 * CHUNK)  # of 4 core matrices, 32 rows of x
+    lane = ln.thread() % ln.WARP
+    column = (lane % TILE_N) * warp.SWIZZLE
+    chunks = [column + (lane // TILE_N + 4 * half ^ lane % TILE_N) * warp.CHUNK_BYTES for half in range(2)]
     sums = list(sums)
-    for half in range(2):
+    for half, chunk in enumerate(chunks):  # 32 rows of x
         for tile in range(tiles):
             own = slice(REGISTERS * tile, REGISTERS * (tile + 1))
-            cores = warp.load_matrices(column, half * 4 * core_bytes + tile * warp.CORE_BYTES)
+            cores = warp.load_matrices(x + chunk, tile * X_TILE_BYTES)
             for q in range(2):
                 a = registers[REGISTERS * (2 * half + q) :][:REGISTERS]
                 sums[own] = warp.multiply_tile(sums[own], a, cores[2 * q : 2 * q + 2], work.dtype)

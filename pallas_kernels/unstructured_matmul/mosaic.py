@@ -98,7 +98,7 @@ from jaxtyping import Array, Float, Float32, Shaped
 from pallas_kernels.tile import device as tile_device
 from pallas_kernels.tile import lane
 from pallas_kernels.tile.launch import lowered_once
-from pallas_kernels.unstructured_matmul import device, layout, pipelines
+from pallas_kernels.unstructured_matmul import device, layout, pipelines, warp
 from pallas_kernels.unstructured_matmul.config import CHUNK, EXPAND_N, MAX_N, TILE_N, WARPS, Config
 from pallas_kernels.unstructured_matmul.division import Work
 from pallas_kernels.unstructured_matmul.reference import product
@@ -283,12 +283,13 @@ def _launch(name: str, work: Work, weights, more: list, out: jax.ShapeDtypeStruc
 
         @plgpu.inline_mgpu(arg_types=(tuple(plgpu.RefType() for _ in refs), plgpu.Layout.WG_SPLAT))
         def run(ctx, refs, block):
-            del ctx
             dtypes = [*(a.dtype for a in inputs), written]
             gmem = [lane.Array.of(ref, dtype, lane.GMEM) for ref, dtype in zip(refs, dtypes, strict=False)]
             scratch = [lane.Array.of(ref, jnp.int32, lane.SMEM) for ref in refs[len(dtypes) :]]
             own_block = lane.Int(block.registers.item())
-            on_device(work, own_block, gmem[:-1], gmem[-1:], dict(zip(smem, scratch, strict=True)))
+            of_x = refs[len(inputs) - len(more) : len(inputs)]
+            copies = [functools.partial(warp.copy_tile, ctx, ref, work.tiles * TILE_N) for ref in of_x]
+            on_device(work, own_block, gmem[:-1], gmem[-1:], dict(zip(smem, scratch, strict=True)), *copies)
 
         run(refs, block)  # pyright: ignore[reportCallIssue]
 

@@ -1,7 +1,7 @@
 """The two pipelines of the kernel: a ring of values for each warp, and steps of x for the block.
 
-A ring's copies are bulk ones, which a warp's own barriers wait for. x is copied by all threads, 16 bytes at a time, as
-its columns have to be laid out anew: a thread waits for its own copies, and a step's barrier for all of them.
+Both are copied by TMA: a ring's pieces as they lie, x by a tensor map, whose swizzle lays its columns out as the tensor
+core reads them. A warp's own barriers say what is there of its ring, the block's what is there of x.
 
 Neither stops where a block goes on to another part: the last blocks of a part let the first pieces and steps of the
 following one be copied. Of pieces that is one part ahead at most, so all that a ring has to know is two parts.
@@ -13,17 +13,17 @@ with a piece of its own, so m goes on by up to 15 + MAX_LAG rows there, and up t
 """
 
 import dataclasses
+from collections.abc import Callable
 
 from pallas_kernels.tile import lane as ln
 from pallas_kernels.tile.lane import Array, Int
 from pallas_kernels.unstructured_matmul import layout, warp
-from pallas_kernels.unstructured_matmul.config import CHUNK, MMA_TILES, ROW_BYTES, STEPS, TILE_N, X_TILE_BYTES
+from pallas_kernels.unstructured_matmul.config import ROW_BYTES, STEPS, X_TILE_BYTES
 from pallas_kernels.unstructured_matmul.division import Part, Work
 
 PIECE_BYTES = layout.DEPTH * ROW_BYTES
 LAG_PIECES = layout.MAX_LAG // layout.DEPTH
 AHEAD = STEPS - 2  # steps that are copied before they are waited for
-CORES = ln.WARP // TILE_N  # core matrices that a warp copies at a time
 
 
 def shared_memory(work: Work) -> dict[str, int]:
@@ -31,7 +31,7 @@ def shared_memory(work: Work) -> dict[str, int]:
     config, x = work.config, {}
     if work.tiles:
         x["x"] = STEPS * work.step_blocks * work.tiles * X_TILE_BYTES // 4
-        x["x_barriers"] = STEPS * warp.BARRIER_BYTES // 4
+        x["x_barriers"] = 2 * STEPS * warp.BARRIER_BYTES // 4
     barriers = config.warps * config.pieces * warp.BARRIER_BYTES // 4
     return {"rings": config.warps * config.ring_bytes // 4, **x, "barriers": barriers}
 
@@ -119,88 +119,84 @@ class Steps:
 
     All parts but the last go on to the end of x, and all but the first begin with it. So steps go round and round.
 
-    A step is wgmma's B without a swizzle: [blocks, 8, tiles] core matrices of 8 columns by 8 rows of x, each column's
-    rows side by side, as they are in x [n, in] too.
+    A step is the B operand of wgmma, K-major with a swizzle of 128 bytes: of each block 64 elements of every column,
+    one after the other, in which chunk c of 16 bytes of column i lies as chunk c ^ i % 8.
 
-    Each place has a barrier, on which every warp arrives when its own copies of the step are there. It does so as it
-    begins the step before. So who may read a step knows that all warps have begun the last one, and overwrites the one
-    before that: no warp waits for those that are less than a step behind.
+    Each place has two barriers: the step is there; all warps have read it. One warp begins a step's copies, each in
+    its turn, `AHEAD` steps before it needs them: when the step before the last has to have been read. So it waits for
+    warps that are more than a step behind; the others wait for none.
 
     Attributes:
         work: the whole.
-        x: [n, columns].
+        copy: begins the copy of a block of x, given its number, where to and the barrier.
         address: of the places.
-        barriers: address of theirs.
+        barriers: address of theirs: first those that say what is there.
         first: which step of x the block starts with.
         count: how many it goes through.
     """
 
     work: Work
-    x: Array
+    copy: Callable[[Int, Int, Int], None]
     address: Int
     barriers: Int
     first: Int
     count: Int
 
     @classmethod
-    def of(cls, work: Work, block: Int, x: Array, address: Int, barriers: Int) -> "Steps":
+    def of(cls, work: Work, block: Int, copy: Callable[[Int, Int, Int], None], address: Int, barriers: Int) -> "Steps":
         """Those of a block."""
         parts, zero = Part.count(work, block), ln.constant(0)
         first, last = Part.of(work, block, zero), Part.of(work, block, parts - 1)
         begin, end = first.first_block // work.step_blocks, last.first_block // work.step_blocks + last.steps
         count = (parts - 1) * work.steps + end - begin
-        return cls(work=work, x=x, address=address, barriers=barriers, first=begin, count=count)
+        return cls(work=work, copy=copy, address=address, barriers=barriers, first=begin, count=count)
+
+    def prepare(self) -> None:
+        """What has to be done before the block's threads meet for the first time."""
+        with ln.when(ln.thread().equals(0)):
+            warp.begin_barriers(self.barriers, STEPS)
+            warp.begin_barriers(self._read_barrier(ln.constant(0)), STEPS, self.work.config.warps)
 
     def begin(self) -> None:
-        """Begins the first copies, and arrives for the first of all."""
+        """Begins the first copies; after the block's threads have met."""
         for step in range(AHEAD):
             self._copy(ln.constant(step))
-        self._arrive(ln.constant(0))
 
     def next(self, step: Int) -> Int:
-        """Waits for a step; its address. The one `AHEAD` of it is begun, the next one is said to be there."""
-        place, turn = step % STEPS, step // STEPS
-        warp.wait(self.barriers + place * warp.BARRIER_BYTES, turn)
+        """Waits for a step; its address. The one `AHEAD` of it is begun."""
         self._copy(step + AHEAD)
-        self._arrive(step + 1)
-        return self.address + place * self._bytes
+        warp.wait(self._barrier(step), step // STEPS)
+        return self._place(step)
+
+    def release(self, step: Int) -> None:
+        """Says that this warp has read a step."""
+        warp.warp_barrier()
+        with ln.when((ln.thread() % ln.WARP).equals(0)):
+            warp.arrive(self._read_barrier(step))
 
     @property
-    def _bytes(self) -> int:
-        return self.work.step_blocks * self.work.tiles * X_TILE_BYTES
+    def _block_bytes(self) -> int:
+        return self.work.tiles * X_TILE_BYTES
 
-    def _arrive(self, step: Int) -> None:
-        """Says that this warp's copies of a step are there, if there is such a step; those behind it may not be."""
-        warp.wait_for_chunks(AHEAD - 1, for_wgmma=self.work.tiles > MMA_TILES)
-        warp.warp_barrier()
-        with ln.when((ln.thread() % ln.WARP).equals(0) & (step < self.count)):
-            warp.arrive(self.barriers + (step % STEPS) * warp.BARRIER_BYTES)
+    def _place(self, step: Int) -> Int:
+        return self.address + (step % STEPS) * (self.work.step_blocks * self._block_bytes)
+
+    def _barrier(self, step: Int) -> Int:
+        return self.barriers + (step % STEPS) * warp.BARRIER_BYTES
+
+    def _read_barrier(self, step: Int) -> Int:
+        return self._barrier(step) + STEPS * warp.BARRIER_BYTES
 
     def _copy(self, step: Int) -> None:
-        """Begins the copies of a step, if there is one of this number; by all threads.
+        """Begins the copies of a step, if there is one of this number; by the warp whose turn it is.
 
-        A warp copies half of a block's rows at a time: eight lanes a core matrix, which is in all banks, and four of
-        them side by side 64 bytes of a column. All addresses are constants ahead of the first.
+        All of its lanes wait, as ptxas takes what follows a loop of one lane for divergent.
         """
-        work, number, lane = self.work, ln.warp(), ln.thread() % ln.WARP
-        core, column = lane // TILE_N, lane % TILE_N
-        row = ((self.first + step) % work.steps) * (work.step_blocks * layout.BLOCK) + (number * CORES + core) * CHUNK
-        source, core_bytes = column * work.columns + row, work.tiles * warp.CORE_BYTES
-        place = self.address + (step % STEPS) * self._bytes
-        place = place + (number * CORES + core) * core_bytes + column * (2 * CHUNK)
-        halves = work.step_blocks * layout.BLOCK // (CORES * CHUNK)
-        for ahead in range(0, halves, work.config.warps):
-            with ln.when((number < halves - ahead) & (step < self.count)):
-                for tile in range(work.tiles):
-                    there = self._within(row + ahead * (CORES * CHUNK), column + tile * TILE_N, tile)
-                    elements = tile * TILE_N * work.columns + ahead * (CORES * CHUNK)
-                    bytes_on = tile * warp.CORE_BYTES + ahead * CORES * core_bytes
-                    warp.copy_chunk(self.x, source, elements, place, bytes_on, there)
-        warp.end_chunks()
-
-    def _within(self, row: Int, column: Int, tile: int) -> ln.Bool | None:
-        """Whether x has this row and column; None if it has all that are copied."""
-        work = self.work
-        rows = row < work.columns if work.columns < work.padded_blocks * layout.BLOCK else None
-        columns = column < work.n if work.n < (tile + 1) * TILE_N else None
-        return columns if rows is None else rows if columns is None else rows & columns
+        work, barrier = self.work, self._barrier(step)
+        with ln.when(ln.warp().equals(step % work.config.warps) & (step < self.count)):
+            warp.wait(self._read_barrier(step), step // STEPS - 1)
+            with ln.when((ln.thread() % ln.WARP).equals(0)):
+                warp.expect(barrier, ln.constant(work.step_blocks * self._block_bytes))
+                first = ((self.first + step) % work.steps) * work.step_blocks
+                for block in range(work.step_blocks):
+                    self.copy(first + block, self._place(step) + block * self._block_bytes, barrier)

@@ -10,10 +10,13 @@ from jax.experimental.mosaic.gpu import utils
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, nvvm
 
-from pallas_kernels.tile.lane import Array, Bool, Int, constant, select
+from pallas_kernels.tile.lane import Array, Int, constant
 
 BARRIER_BYTES = 8
-CORE_BYTES = 128  # of a core matrix: 8 columns of x by 8 of its rows
+CHUNK_BYTES, SWIZZLE = 16, 128  # of a column of x: what stays together, and where it is swapped
+
+# Upper half of a wgmma descriptor: a swizzle of 128 bytes, and 8 columns of so many each, in units of 16 bytes.
+SWIZZLED = 1 << 30 | 8 * SWIZZLE // 16
 
 
 def _i32() -> ir.Type:
@@ -89,18 +92,17 @@ def multiply_block(acc: Sequence[Int], a: Sequence[Int], x: Int, tiles: int, dty
     kind, n, f32 = {"bfloat16": "bf16", "float16": "f16"}[dtype], 8 * tiles, ir.F32Type.get()
     own, rest = range(len(acc)), range(len(acc), 2 * len(acc) + len(a) + 4)
     before, registers, starts = rest[: len(acc)], rest[len(acc) : -4], rest[-4:]
-    between_k, between_n = CORE_BYTES * tiles // 16, CORE_BYTES // 16  # of core matrices, as descriptors count
     code = [".reg .b64 d;", *(f"mov.b32 ${i}, ${j};" for i, j in zip(own, before, strict=True))]
     code.append("wgmma.fence.sync.aligned;")
     for q, start in enumerate(starts):
-        code.append(f"mov.b64 d, {{${start}, {between_n}}};")
+        code.append(f"mov.b64 d, {{${start}, {SWIZZLED}}};")
         sums, of_a = (", ".join(f"${i}" for i in group) for group in (own, registers[4 * q : 4 * q + 4]))
         product = f"wgmma.mma_async.sync.aligned.m64n{n}k16.f32.{kind}.{kind}"
         code.append(f"{product} {{{sums}}}, {{{of_a}}}, d, 1, 1, 1, 0;")
     # Waited for at once: the registers of `a` are free again, and other warpgroups have work meanwhile.
     code += ["wgmma.commit_group.sync.aligned;", "wgmma.wait_group.sync.aligned 0;"]
-    low = (x & 0x3FFFF) >> 4 | between_k << 16
-    of_starts = [low + q * 2 * between_k for q in range(4)]
+    low = (x & 0x3FFFF) >> 4
+    of_starts = [low + q * 2 for q in range(4)]  # of 16 bytes
     operands = [*(arith.bitcast(f32, r.value) for r in acc), *(r.value for r in (*a, *of_starts))]
     out: Any = utils.inline_ptx(
         "{ " + " ".join(code) + " }", *operands, result_types=[f32] * len(acc), has_side_effects=True, convergent=True
@@ -163,36 +165,30 @@ def copy(source: Array, unit: int, first: Int, to: Int, size: Int, barrier: Int)
     )
 
 
-def copy_chunk(source: Array, index: Int, elements: int, to: Int, bytes_on: int, there: Bool | None) -> None:
-    """Begins this thread's copy of 16 bytes to shared memory, or of zeros there.
+def copy_tile(ctx, source: ir.Value, rows: int, number: Int, to: Int, barrier: Int) -> None:
+    """Begins the copy of so many rows by 64 columns of a matrix of 16-bit elements, zeros behind its end; swizzled.
 
     Args:
-        source: of 16-bit elements.
-        index: of an element.
-        elements: that the source lies behind that one.
-        to: an address.
-        bytes_on: that the place lies behind that one.
-        there: whether there is something to copy; None if so.
+        ctx: the launch, which has the tensor map.
+        source: memref of the matrix.
+        rows: its first ones.
+        number: of the tile of 64 columns.
+        to: address, a multiple of 1024.
+        barrier: that is told of the bytes.
     """
-    sizes = [] if there is None else [select(there, 16, 0).value]
-    size = ", $2" * len(sizes)
-    code = f"cp.async.cg.shared.global [$0+{bytes_on}], [$1+{2 * elements}], 16{size};"
-    utils.inline_ptx(code, to.value, _address(source, 2, index), *sizes, has_side_effects=True)
-
-
-def end_chunks() -> None:
-    """What this thread has begun to copy since it last ended some is a group, be it empty."""
-    utils.inline_ptx("cp.async.commit_group;", has_side_effects=True)
-
-
-def wait_for_chunks(groups: int, for_wgmma: bool) -> None:
-    """Waits for this thread's own chunks, but those of the last groups. After a barrier others may read them too.
-
-    cp.async writes as threads do, wgmma reads as bulk copies do: a fence is what joins the two.
-    """
-    utils.inline_ptx(f"cp.async.wait_group {groups};", has_side_effects=True)
-    if for_wgmma:
-        nvvm.fence_proxy(nvvm.ProxyKind.async_shared, space=nvvm.SharedSpace.shared_cta)
+    index, width = ir.IndexType.get(), SWIZZLE // 2
+    smem = ir.Attribute.parse("#gpu.address_space<workgroup>")
+    tile = ir.MemRefType.get((rows, width), ir.MemRefType(source.type).element_type, memory_space=smem)
+    at = utils.DynamicSlice(arith.index_castui(index, (number * width).value), width)
+    ctx.async_copy(
+        src_ref=source,
+        dst_ref=utils.ptr_as_memref(_pointer(to), tile),
+        gmem_slice=(utils.DynamicSlice(arith.constant(index, 0), rows), at),
+        swizzle=SWIZZLE,
+        barrier=utils.BarrierRef(_pointer(barrier), constant(0).value, None, 1),
+        arrive=False,
+        predicate=None,
+    )
 
 
 def warp_barrier() -> None:
