@@ -73,9 +73,12 @@ class Matrix:
         return cls(**{k: warp.choose(inputs[i * count : (i + 1) * count], part.matrix) for i, k in enumerate(names)})
 
     def load_extent(self, part: Part) -> list[Int]:
-        """The rows of a part's first section and of that behind its last, and the lags there; for `extent`."""
-        own = part.own(ln.warp()) * part.work.sections
-        return [self.rows.load(own + part.first), self.rows.load(own + part.last), *self._load_lags(part, part.last)]
+        """The row of a part's first section, in odd lanes of that behind its last, and the lags there; for `extent`.
+
+        With an address for each lane, as ptxas waits at once for what it has in a register that all lanes share.
+        """
+        section = ln.select((ln.thread() % 2).equals(0), part.first, part.last)
+        return [self.rows.load(part.own(ln.warp()) * part.work.sections + section), *self._load_lags(part, part.last)]
 
     def load_start(self, part: Part) -> list[Int]:
         """The lags of the lane's streams where a part begins, and its words of the first quad."""
@@ -90,7 +93,8 @@ class Matrix:
 
 def extent(loaded: list[Int]) -> list[Int]:
     """A part's first row of values, and how many it has: one at least, so that there is a piece to wait for."""
-    first, last, *lags = loaded
+    rows, *lags = loaded
+    first, last = (ln.from_lane(rows, ln.constant(lane)) for lane in range(2))
     return [first, ln.maximum(last - first + _furthest(lags), 1)]
 
 
@@ -144,12 +148,12 @@ class Parts:
             do: what is to be done.
         """
         places = self.work.places
-        own, rest = loaded[: 2 + places], loaded[2 + places :]
+        own, rest = loaded[: 1 + places], loaded[1 + places :]
 
         def do_part(number, carried):
             begin, issued, *own = carried[:4]
             loaded, carry = carried[4 : 4 + len(rest)], carried[4 + len(rest) :]
-            following, start = extent(loaded[: 2 + places]), loaded[2 + places :]
+            following, start = extent(loaded[: 1 + places]), loaded[1 + places :]
             strip = self._strip(number, begin, own, following, start)
             issued = strip.fill(issued)
             ahead = self._load_for(number + 1)  # not waited for before the part ends
