@@ -580,6 +580,7 @@ def on_numpy(machine: Machine):
         "address_of": lambda address: Int(address),
         "choose": Chosen,
         "warp_barrier": lambda: None,
+        "is_elected": lambda: lane.thread() % 32 < 1,
     }
     with pytest.MonkeyPatch.context() as patch:
         for name, stand_in in lanes.STAND_INS.items():

@@ -82,7 +82,7 @@ class Matrix:
 
     def load_start(self, part: Part) -> list[Int]:
         """The lags of the lane's streams where a part begins, and its words of the first quad."""
-        words = load_words(part, self.masks, ln.constant(0))
+        words = load_words(part, self.masks, origin_of_words(part), ln.constant(0))
         return [*self._load_lags(part, part.first), *words]
 
     def _load_lags(self, part: Part, section: Int) -> list[Int]:
@@ -187,9 +187,10 @@ class Parts:
             following=Source(values=its_matrix.values, begin=source.end, first=first, rows=rows),
         )
         lags, words = start[: self.work.places], start[self.work.places :]
-        origin = begin * PIECE_BYTES + ln.thread() % ln.WARP * 4
-        streams = [origin + lag * ROW_BYTES for lag in lags]
-        return Strip(part=part, masks=matrix.masks, ring=ring, streams=streams, words=words)
+        behind = begin * PIECE_BYTES + ln.thread() % ln.WARP * 4
+        streams = [behind + lag * ROW_BYTES for lag in lags]
+        origin = origin_of_words(part)
+        return Strip(part=part, masks=matrix.masks, origin=origin, ring=ring, streams=streams, words=words)
 
 
 def _furthest(streams: Sequence[Int]) -> Int:
@@ -197,17 +198,27 @@ def _furthest(streams: Sequence[Int]) -> Int:
     return ln.warp_max(functools.reduce(ln.maximum, streams))
 
 
-def load_words(part: Part, masks: Array, first: Int) -> list[Int]:
+def origin_of_words(part: Part) -> Int:
+    """Where the lane's mask words of a part begin."""
+    in_strip = layout.mask_blocks(part.work.blocks, part.work.paired)
+    words = part.own(ln.warp()) * in_strip + part.first_block // part.work.blocks_a_word
+    return words * ln.WARP + ln.thread() % ln.WARP
+
+
+def load_words(part: Part, masks: Array, origin: Int, first: Int) -> list[Int]:
     """The lane's mask words of the quad from block `first` on, as they are read by `stored_words`."""
     per = part.work.blocks_a_word
-    in_strip = layout.mask_blocks(part.work.blocks, part.work.paired)
-    origin = (part.own(ln.warp()) * in_strip + part.first_block // per) * ln.WARP + ln.thread() % ln.WARP
+    if part.work.whole_quads:
+        first = ln.minimum(first, part.blocks - QUAD)
+        return [masks.load(origin + (first // per) * ln.WARP + i * ln.WARP) for i in range(QUAD // per)]
     numbers = (ln.minimum(first // per + i, _words(part) - 1) for i in range(QUAD // per))
     return [masks.load(origin + number * ln.WARP) for number in numbers]
 
 
 def stored_words(part: Part, words: Sequence[Int], first: Int) -> list[Int]:
     """Those words; zeros behind the part's last block. Apart from loading, as whoever looks at them waits for them."""
+    if part.work.whole_quads:
+        return list(words)
     numbers = (first // part.work.blocks_a_word + i for i in range(len(words)))
     return [ln.select(number < _words(part), word, 0) for number, word in zip(numbers, words, strict=True)]
 
@@ -229,10 +240,12 @@ class Strip:
         streams: where the lane's streams start, in bytes that have gone through the ring: the even and the odd one, or
             that of words.
         words: the lane's mask words of the first quad.
+        origin: where they begin, of the part.
     """
 
     part: Part
     masks: Array
+    origin: Int
     ring: Ring
     streams: list[Int]
     words: list[Int]
@@ -246,7 +259,7 @@ class Strip:
         """Begins the copies that may be under way when the part starts, of which `issued` are; how many are then."""
         ready = self.ring.ready_for(self.top)
         warp.warp_barrier()  # every lane has read what is overwritten now
-        with ln.when((ln.thread() % ln.WARP).equals(0)):
+        with ln.when(warp.is_elected()):
             ln.loop(ready - issued, [], lambda piece, _: self.ring.copy(issued + piece) or [])
         return ready
 
@@ -268,7 +281,7 @@ class Strip:
         """
         count = len(self.words)
         words, (*before, issued) = stored_words(self.part, state[:count], first), state[count:]
-        following = load_words(self.part, self.masks, first + QUAD)
+        following = load_words(self.part, self.masks, self.origin, first + QUAD)
         places = self.places(words, before)
         for block in range(QUAD):
             registers, issued = self.decode(block, words, places[block], places[block + 1][-1], issued)
@@ -302,7 +315,7 @@ class Strip:
         *streams, top = before
         ready = self.ring.ready_for(top)
         warp.warp_barrier()  # every lane has read what is overwritten now
-        with ln.when((ln.thread() % ln.WARP).equals(0) & (issued < ready)):
+        with ln.when(issued < ready), ln.when(warp.is_elected()):
             self.ring.copy(issued)
         self.ring.wait(self.ring.needed_before(end))
         places = [self.ring.place(stream) for stream in streams]

@@ -87,6 +87,11 @@ class Work:
         return self.blocks + -self.blocks % QUAD
 
     @property
+    def whole_quads(self) -> bool:
+        """Whether all parts are."""
+        return self.blocks % QUAD == 0
+
+    @property
     def steps(self) -> int:
         """Of all of x."""
         return self.padded_blocks // self.step_blocks

@@ -133,6 +133,7 @@ class Steps:
         barriers: address of theirs: first those that say what is there.
         first: which step of x the block starts with.
         count: how many it goes through.
+        warp: number of this one.
     """
 
     work: Work
@@ -141,6 +142,7 @@ class Steps:
     barriers: Int
     first: Int
     count: Int
+    warp: Int
 
     @classmethod
     def of(cls, work: Work, block: Int, copy: Callable[[Int, Int, Int], None], address: Int, barriers: Int) -> "Steps":
@@ -149,7 +151,7 @@ class Steps:
         first, last = Part.of(work, block, zero), Part.of(work, block, parts - 1)
         begin, end = first.first_block // work.step_blocks, last.first_block // work.step_blocks + last.steps
         count = (parts - 1) * work.steps + end - begin
-        return cls(work=work, copy=copy, address=address, barriers=barriers, first=begin, count=count)
+        return cls(work=work, copy=copy, address=address, barriers=barriers, first=begin, count=count, warp=ln.warp())
 
     def prepare(self) -> None:
         """What has to be done before the block's threads meet for the first time."""
@@ -193,9 +195,9 @@ class Steps:
         All of its lanes wait, as ptxas takes what follows a loop of one lane for divergent.
         """
         work, barrier = self.work, self._barrier(step)
-        with ln.when(ln.warp().equals(step % work.config.warps) & (step < self.count)):
+        with ln.when(self.warp.equals(step % work.config.warps) & (step < self.count)):
             warp.wait(self._read_barrier(step), step // STEPS - 1)
-            with ln.when((ln.thread() % ln.WARP).equals(0)):
+            with ln.when(warp.is_elected()):
                 warp.expect(barrier, ln.constant(work.step_blocks * self._block_bytes))
                 first = ((self.first + step) % work.steps) * work.step_blocks
                 for block in range(work.step_blocks):

@@ -10,7 +10,7 @@ from jax.experimental.mosaic.gpu import utils
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, nvvm
 
-from pallas_kernels.tile.lane import Array, Int, constant
+from pallas_kernels.tile.lane import Array, Bool, Int, constant
 
 BARRIER_BYTES = 8
 CHUNK_BYTES, SWIZZLE = 16, 128  # of a column of x: what stays together, and where it is swapped
@@ -189,6 +189,11 @@ def copy_tile(ctx, source: ir.Value, rows: int, number: Int, to: Int, barrier: I
         arrive=False,
         predicate=None,
     )
+
+
+def is_elected() -> Bool:
+    """Of one lane; as ptxas knows that it is one, it begins copies without a loop over those that take part."""
+    return Bool(nvvm.elect_sync())
 
 
 def warp_barrier() -> None:
