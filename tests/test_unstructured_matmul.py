@@ -452,8 +452,9 @@ class Machine:
         assert (banks == np.arange(32)).all(), "a bank conflict"
         return Int(self.bytes[places].astype(np.int64) | self.bytes[places + 1].astype(np.int64) << 8)
 
-    def load_word(self, address):
-        return Int(sum(self.load_half(address, 2 * half).value << 16 * half for half in (0, 1)))
+    def load_word(self, address, bits, mask):
+        word = sum(self.load_half(address, 2 * half).value << 16 * half for half in (0, 1))
+        return Int(np.where(unsigned(bits) & mask, word, 0))
 
     def load_matrices(self, address, offset):
         """By the PTX manual's figure of ldmatrix."""

@@ -10,7 +10,6 @@ from pallas_kernels.unstructured_matmul.config import ROW_BYTES
 NOTHING, EVEN = 0xFF32, 0x22  # and ODD is 0x1100 = 0x80 * EVEN: one product of bytes adds both
 EVEN_ONES = 0x55555555  # the even stream's bits, all of them
 EVEN_BITS, ODD_BITS = 0x01010101, -0x7F7F7F80  # as signed: 0x80808080
-SIGNS, EVERY_NIBBLE = 0x8888, 0x1111  # permute_bytes' selector of the sign of byte 0, four times; and one byte on
 
 
 def decode(word: Int, even: Int, odd: Int) -> list[Int]:
@@ -38,7 +37,6 @@ def decode_pairs(word: Int, second: bool, place: Int) -> list[Int]:
         for j in range(4):
             before = EVEN_BITS & ((1 << 8 * j) - 1)
             own = warp.dot_bytes(bits, before, place) if j else place
-            stored = warp.permute_bytes(bits, bits, ln.constant(SIGNS + j * EVERY_NIBBLE))
-            registers.append(warp.load_word(own) & stored)
+            registers.append(warp.load_word(own, bits, 0x80 << 8 * j))
         place = warp.dot_bytes(bits, EVEN_BITS, place)
     return registers

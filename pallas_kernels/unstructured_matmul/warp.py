@@ -58,9 +58,12 @@ def load_half(address: Int, offset: int) -> Int:
     return Int(arith.extui(_i32(), llvm.load(i16, utils.getelementptr(_pointer(address), [offset], i8))))
 
 
-def load_word(address: Int) -> Int:
-    """32 bits of shared memory."""
-    return Int(llvm.load(_i32(), _pointer(address)))
+def load_word(address: Int, bits: Int, mask: int) -> Int:
+    """32 bits of shared memory where `bits` has one of the mask, zeros elsewhere."""
+    signed = mask - (mask >> 31 << 32)
+    code = "{ .reg .pred p; setp.ne.b32 p, $2, 0; mov.b32 $0, 0; @p ld.shared.b32 $0, [$1]; }"
+    own = (bits & signed).value
+    return Int(utils.inline_ptx(code, address.value, own, result_types=_i32(), has_side_effects=True))
 
 
 def dot_bytes(a: Int, factors: int, c: Int) -> Int:
