@@ -18,8 +18,9 @@ X_TILE_BYTES = layout.BLOCK * TILE_N * 2  # of x, of a block and tile
 QUAD = 4  # blocks of a strip that the loop's body takes
 STEPS = 4  # of x in shared memory
 MMA_TILES = 2  # up to so many tiles a warp multiplies by mma, without waiting for the three others of a wgmma
+QUICK_TILES = 4  # pairs of up to so many tiles have the latter
 SMS = 132  # of an H200: what the heuristic counts with
-MANY_ROWS, MANY_QUICK_ROWS = 7.5, 5.0  # of values that a block takes on average, of 16; pairs of few columns are quick
+MANY_ROWS, MANY_QUICK_ROWS = 7.5, 5.0  # of values that a block takes on average, of 16, for a fifth piece
 RESERVED = 1536  # bytes of shared memory for barriers
 
 
@@ -61,14 +62,14 @@ def candidates(weights, x, bias=None, activation: str | None = None) -> list[Con
 
     That is the widest block which leaves about as few multiprocessors idle as any. The more values there are, the
     further ahead they have to be copied; a fifth piece costs a division, though. With 5 and 4 pieces an H200 took, of
-    28672 x 7168, at 50% zeros 66 and 70 us for 8 columns, 88 and 89 for 32; at 80% 62 and 60, 86 and 80, and in pairs
-    49 and 51, 72 and 69. `weights` may be several, alike.
+    28672 x 7168, at 50% zeros 66 and 70 us for 8 columns, 88 and 89 for 32; at 80% 62 and 60, 86 and 80 (all that by
+    cp.async); and in pairs 49 and 51, 57 and 59. `weights` may be several, alike.
     """
     del bias, activation
     matrices = weights if isinstance(weights, tuple) else (weights,)
     strips, blocks = matrices[0].strips, matrices[0].blocks
     rows = sum(matrix.values.shape[0] for matrix in matrices)
-    many = MANY_QUICK_ROWS if matrices[0].paired and tiles(x.shape[1]) <= MMA_TILES else MANY_ROWS
+    many = MANY_QUICK_ROWS if matrices[0].paired and tiles(x.shape[1]) <= QUICK_TILES else MANY_ROWS
     pieces = (5, 4) if rows > many * len(matrices) * strips * blocks else (4, 5)
     wanted = [*(Config(pieces=p) for p in pieces), Config(warpgroups=3, pieces=7)]
     wanted += [Config(warpgroups=g, pieces=8) for g in (2, 1)]

@@ -3,8 +3,8 @@
 A lane decodes the 32 elements of a block that are its own by their position among those stored: every element is looked
 at, whatever the density, by one load of 16 bits from a bank that is the lane's own.
 
-Instructions a warp and block of 16 x 64, 32 elements a lane (counted by ncu for 8 columns of x at 80% zeros, in the
-variant with mma and one block a step):
+Instructions a warp and block of 16 x 64, 32 elements a lane (counted by ncu for 8 columns of x at 80% zeros, in a
+variant with mma, one block a step and x by cp.async):
 
     dp4a (IDP.4A): 30 places, 16 selectors    46    at 64 lanes a clock and SM
     LDS.U16, a bank for each lane             32    at 32
@@ -16,16 +16,27 @@ Paired, a place is a word, and a word a register (`decode_pairs`): 16 loads a bl
 put zeros where nothing is stored, half of the mask words and of the popcounts: 150 with wgmma for 16 columns, where
 single elements take 182, for 1.5 times their bytes at 70% and 80% zeros.
 
-Microseconds of 28672 x 7168 with 8, 16 and 32 columns of x, by zeros (`unstructured_spmm`); XLA's dense product took
-101, 104 and 105:
+Microseconds of 28672 x 7168 with 8, 16 and 32 columns of x, by zeros; XLA's dense product took 96 to 102, 104 to 109
+and 102 to 105:
 
                         50%               60%               70%               80%
+    single        67 / 68 / 75                        56 / 61 / -
+    paired                                             - /  - / 68      49 / 50 / 57
+    bytes         56, paired 77     47, paired 66     37, paired 54     27, paired 40
+  x by cp.async, as it was before (`unstructured_spmm`):
     single        66 / 70 / 88      63 / 67 / 82      59 / 65 / 80      60 / 65 / 80
     paired        84 / 87 / 92      74 / 77 / 82      62 / 65 / 75      52 / 55 / 69
-    bytes         56, paired 77     47, paired 66     37, paired 54     27, paired 40
 
-What paired ones spent at 80% zeros, before the ring went on from part to part (below), by leaving out values ("v": not
-copied, not waited for), x, the tensor core ("t") and decoding ("d"):
+cp.async writes memory that wgmma reads through another proxy, so every step of x had a fence.proxy.async, which is a
+MEMBAR that waits for all that is in flight, mask words too. By a tensor map x comes swizzled, on a barrier, without it;
+and fewer instructions a quad of blocks (531 -> about 490 in pairs, for 32 columns): copies by an elected lane, no loop
+over lanes; rows of a part's first and last section at an address of each lane's own, else ptxas keeps them in registers
+that all share and waits for them where a part begins; a word of a pair loaded only where one is stored, in place of
+PRMT and LOP. Tried on top, in us of 80% zeros, 8 / 16 / 32 columns (49.1 / 49.9 / 56.9): the next wgmma begun before
+the last is waited for, two sums of a lone tile, barriers of values found earlier: 48.9 / 50.2 / 62.0; not taken.
+
+What paired ones spent at 80% zeros, by cp.async and before the ring went on from part to part (below), by leaving out
+values ("v": not copied, not waited for), x, the tensor core ("t") and decoding ("d"):
 
                        all    v     x     t    v, t   v, x   x, t   x, t, d   v, x, t
     8 columns (mma)     54    34    52    52    31     31     51       50        28
@@ -46,8 +57,6 @@ that, with 80% zeros where none are named:
     x by bulk copies into padded columns, and mma for every n, no wgmma: 0 us with 8 and 16 columns at 50%; with 32, and
         4 pieces a ring, 4 us less at 50%, 1 at 80%, 3 in pairs; with 5, 6 to 16 more, as a step is one block then. Not
         taken: 64 columns, of which mma and ldmatrix take twice as long, were not timed
-Not tried on a GPU: rows of a part's first and last section have the same address in all lanes, so ptxas has them in
-registers that all share, and waits for them where a part begins; with an address for each lane it does not.
 
 Before mma for few columns and x in steps, single elements, with 8 and 32 columns at 50% and 80% zeros:
 
@@ -71,8 +80,8 @@ columns, cuBLAS 30.7. Against that:
 
 - Matrices that are alike and share x are multiplied in one launch (`unstructured_matmuls`): of three 7168 x 7168 a
   block has 9 units, not 3 three times, and its groups are in 3 slots, not 6.
-- x is read as its columns lie, by cp.async, in four steps of at most four blocks; each warp says when its own copies
-  are there, a step ahead, and none waits for those that are less than a step behind.
+- x is read as its columns lie, by a tensor map, in four steps of at most four blocks; the warp whose turn it is begins
+  the copies of a step, when all have read the one in its place.
 - The first mask words are loaded with the offsets, not after the first values. Both are loaded a part ahead, where a
   block goes on to other strips, as 93 of 131 do with 28672 x 7168; and their first values and x are copied while the
   last blocks of the part are multiplied.

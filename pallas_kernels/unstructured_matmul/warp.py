@@ -180,6 +180,7 @@ def copy_tile(ctx, source: ir.Value, rows: int, number: Int, to: Int, barrier: I
         barrier: that is told of the bytes.
     """
     index, width = ir.IndexType.get(), SWIZZLE // 2
+    unphased: Any = None  # nobody waits by this handle
     smem = ir.Attribute.parse("#gpu.address_space<workgroup>")
     tile = ir.MemRefType.get((rows, width), ir.MemRefType(source.type).element_type, memory_space=smem)
     at = utils.DynamicSlice(arith.index_castui(index, (number * width).value), width)
@@ -188,7 +189,7 @@ def copy_tile(ctx, source: ir.Value, rows: int, number: Int, to: Int, barrier: I
         dst_ref=utils.ptr_as_memref(_pointer(to), tile),
         gmem_slice=(utils.DynamicSlice(arith.constant(index, 0), rows), at),
         swizzle=SWIZZLE,
-        barrier=utils.BarrierRef(_pointer(barrier), constant(0).value, None, 1),
+        barrier=utils.BarrierRef(_pointer(barrier), constant(0).value, unphased, 1),
         arrive=False,
         predicate=None,
     )
