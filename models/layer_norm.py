@@ -23,9 +23,7 @@ class LayerNorm(nnx.LayerNorm):
         super().__init__(
             config.d_model,
             epsilon=1e-5,
-            dtype=jnp.float32,
             param_dtype=jnp.dtype(config.param_dtype),
-            use_fast_variance=False,
             scale_metadata=sharded("embed"),
             bias_metadata=sharded("embed"),
             rngs=rngs,

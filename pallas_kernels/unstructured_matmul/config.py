@@ -18,9 +18,9 @@ X_TILE_BYTES = layout.BLOCK * TILE_N * 2  # of x, of a block and tile
 QUAD = 4  # blocks of a strip that the loop's body takes
 STEPS = 4  # of x in shared memory
 MMA_TILES = 2  # up to so many tiles a warp multiplies by mma, without waiting for the three others of a wgmma
-QUICK_TILES = 4  # pairs of up to so many tiles have the latter
 SMS = 132  # of an H200: what the heuristic counts with
-MANY_ROWS, MANY_QUICK_ROWS = 7.5, 5.0  # of values that a block takes on average, of 16, for a fifth piece
+MANY_ROWS, MANY_QUICK_ROWS = 7.5, 5.0  # of values that a block takes on average, of 16: from there on a fifth piece
+QUICK_TILES = 4  # pairs of up to so many tiles have it from the latter on
 RESERVED = 1536  # bytes of shared memory for barriers
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 from pallas_kernels.tile import lane as ln
 from pallas_kernels.tile.lane import Array, Int
-from pallas_kernels.unstructured_matmul import layout, warp
+from pallas_kernels.unstructured_matmul import layout, mask_words, warp
 from pallas_kernels.unstructured_matmul.config import MMA_TILES, QUAD, ROW_BYTES, TILE_N, X_TILE_BYTES
 from pallas_kernels.unstructured_matmul.decoding import EVEN_ONES, decode, decode_pairs
 from pallas_kernels.unstructured_matmul.division import Part, Work
@@ -82,7 +82,7 @@ class Matrix:
 
     def load_start(self, part: Part) -> list[Int]:
         """The lags of the lane's streams where a part begins, and its words of the first quad."""
-        words = load_words(part, self.masks, origin_of_words(part), ln.constant(0))
+        words = mask_words.load(part, self.masks, mask_words.origin(part), ln.constant(0))
         return [*self._load_lags(part, part.first), *words]
 
     def _load_lags(self, part: Part, section: Int) -> list[Int]:
@@ -189,44 +189,13 @@ class Parts:
         lags, words = start[: self.work.places], start[self.work.places :]
         behind = begin * PIECE_BYTES + ln.thread() % ln.WARP * 4
         streams = [behind + lag * ROW_BYTES for lag in lags]
-        origin = origin_of_words(part)
+        origin = mask_words.origin(part)
         return Strip(part=part, masks=matrix.masks, origin=origin, ring=ring, streams=streams, words=words)
 
 
 def _furthest(streams: Sequence[Int]) -> Int:
     """Of all lanes'."""
     return ln.warp_max(functools.reduce(ln.maximum, streams))
-
-
-def origin_of_words(part: Part) -> Int:
-    """Where the lane's mask words of a part begin."""
-    in_strip = layout.mask_blocks(part.work.blocks, part.work.paired)
-    words = part.own(ln.warp()) * in_strip + part.first_block // part.work.blocks_a_word
-    return words * ln.WARP + ln.thread() % ln.WARP
-
-
-def load_words(part: Part, masks: Array, origin: Int, first: Int) -> list[Int]:
-    """The lane's mask words of the quad from block `first` on, as they are read by `stored_words`."""
-    per = part.work.blocks_a_word
-    if part.work.whole_quads:
-        first = ln.minimum(first, part.blocks - QUAD)
-        return [masks.load(origin + (first // per) * ln.WARP + i * ln.WARP) for i in range(QUAD // per)]
-    numbers = (ln.minimum(first // per + i, _words(part) - 1) for i in range(QUAD // per))
-    return [masks.load(origin + number * ln.WARP) for number in numbers]
-
-
-def stored_words(part: Part, words: Sequence[Int], first: Int) -> list[Int]:
-    """Those words; zeros behind the part's last block. Apart from loading, as whoever looks at them waits for them."""
-    if part.work.whole_quads:
-        return list(words)
-    numbers = (first // part.work.blocks_a_word + i for i in range(len(words)))
-    return [ln.select(number < _words(part), word, 0) for number, word in zip(numbers, words, strict=True)]
-
-
-def _words(part: Part) -> Int:
-    """Of a lane, that the masks of the part's blocks are."""
-    per = part.work.blocks_a_word
-    return (part.blocks + (per - 1)) // per
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -280,8 +249,8 @@ class Strip:
         Their mask words were loaded one quad before: a load that is carried on is waited for.
         """
         count = len(self.words)
-        words, (*before, issued) = stored_words(self.part, state[:count], first), state[count:]
-        following = load_words(self.part, self.masks, self.origin, first + QUAD)
+        words, (*before, issued) = mask_words.stored(self.part, state[:count], first), state[count:]
+        following = mask_words.load(self.part, self.masks, self.origin, first + QUAD)
         places = self.places(words, before)
         for block in range(QUAD):
             registers, issued = self.decode(block, words, places[block], places[block + 1][-1], issued)
