@@ -124,11 +124,12 @@ def test_under_x64_and_from_numpy(unchecked):
     np.testing.assert_allclose(out, expected(*args), atol=1e-6)
 
 
+@pytest.mark.parametrize("splits", [1, 3])
 @pytest.mark.parametrize("lists", [None, [[2], [], [1, 0, 2]]])
-def test_the_kernel_reads_what_it_should(lists):
+def test_the_kernel_reads_what_it_should(lists, splits):
     """Interpreted, with NaN in all the rest: splits that have no slots, a last stage past the cache, stages reused."""
     args = problem(8, [0, 70, 190], lists, slots=190, kv_heads=3, head_dim=64, dtype=jnp.bfloat16)
-    config = Config(block_slots=32, stages=2, splits=3)
+    config = Config(block_slots=32, stages=2, splits=splits)
     run = functools.partial(decode_attention, *args, config=config, implementation="interpret")
     out = run_interpreted(jax.jit(run))
     np.testing.assert_allclose(out.astype(jnp.float32), expected(*args), atol=2e-2)
