@@ -16,14 +16,14 @@ Paired, a place is a word, and a word a register (`decode_pairs`): 16 loads a bl
 put zeros where nothing is stored, half of the mask words and of the popcounts: 150 with wgmma for 16 columns, where
 single elements take 182, for 1.5 times their bytes at 70% and 80% zeros.
 
-Microseconds of 28672 x 7168 with 8, 16 and 32 columns of x, by zeros; XLA's dense product took 96 to 102, 104 to 109
-and 102 to 105:
+Microseconds of 28672 x 7168 with 8, 16 and 32 columns of x, by zeros, of one run (`unstructured_spmm`); cuBLAS took 99,
+94 and 95, XLA's choice 99, 103 and 103:
 
                         50%               60%               70%               80%
-    single        67 / 68 / 75                        56 / 61 / -
-    paired                                             - /  - / 68      49 / 50 / 57
+    single        63 / 66 / 74      60 / 64 / 71      56 / 61 / 67      56 / 61 / 67
+    paired        82 / 84 / 87      72 / 74 / 78      61 / 63 / 66      48 / 49 / 57
     bytes         56, paired 77     47, paired 66     37, paired 54     27, paired 40
-  x by cp.async, as it was before (`unstructured_spmm`):
+  x by cp.async, as it was before, dense 96 to 102, 104 to 109 and 102 to 105:
     single        66 / 70 / 88      63 / 67 / 82      59 / 65 / 80      60 / 65 / 80
     paired        84 / 87 / 92      74 / 77 / 82      62 / 65 / 75      52 / 55 / 69
 
