@@ -1,18 +1,20 @@
 """OPT's layer norm, with the residual sum before it: while decoding one launch of a kernel, else XLA's."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from models.feed_forward import capture
 from pallas_kernels.layer_norm import DEVICES, layer_norm
 from pallas_kernels.layer_norm.config import check_support
-from sparsellm.sharding import sharded
+from sparsellm.sharding import TENSOR_PARALLEL, sharded
 
 
 class LayerNorm(nnx.LayerNorm):
@@ -37,7 +39,8 @@ class LayerNorm(nnx.LayerNorm):
         if _kernel_takes(x):
             scale, bias = (jnp.asarray(parameter) for parameter in (self.scale, self.bias))
             rows, added = x[:, 0], None if addend is None else addend[:, 0]
-            x, y = (a[:, None] for a in layer_norm(rows, scale, bias, added, epsilon=self.epsilon))
+            normed = _on_every_device(functools.partial(layer_norm, epsilon=self.epsilon), rows, scale, bias, added)
+            x, y = (a[:, None] for a in normed)
         else:
             x = x if addend is None else x + addend
             y: Array = _norm(x, jnp.asarray(self.scale), jnp.asarray(self.bias), self.epsilon)
@@ -92,12 +95,21 @@ _norm.defvjp(_norm_forward, _norm_backward)
 def _kernel_takes(x: Float[Array, "*tokens d_model"]) -> bool:
     """Whether x is one token a row, as while decoding, for which `layer_norm` has a kernel on this device.
 
-    Over several devices XLA's norm stays: it is cut along the batch as its input is.
+    Over a mesh it has to be whole on every device. Where an axis cuts the batch, XLA's norm is cut likewise.
     """
-    if x.ndim != 3 or x.shape[1] != 1 or jax.sharding.get_abstract_mesh().size > 1:
+    mesh = jax.sharding.get_abstract_mesh()
+    whole = mesh.size <= 1 or (mesh.axis_names == (TENSOR_PARALLEL["heads"],) and not mesh.manual_axes)
+    if x.ndim != 3 or x.shape[1] != 1 or not whole:
         return False
     try:
         check_support(x[:, 0], DEVICES)
     except NotImplementedError:
         return False
     return True
+
+
+def _on_every_device(norm: Callable[..., Any], *whole: Array | None) -> Any:
+    """norm(*whole), by each device of the mesh that is set for itself."""
+    if jax.sharding.get_abstract_mesh().size <= 1:
+        return norm(*whole)
+    return jax.shard_map(norm, in_specs=PartitionSpec(), out_specs=PartitionSpec())(*whole)

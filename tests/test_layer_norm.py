@@ -192,7 +192,7 @@ def test_gradients_of_opts_norm(shape):
 
 
 def test_opt_has_its_norms_in_one_launch_for_one_token_a_row():
-    """Both of the layer and the last one; none in prefill, nor over two devices."""
+    """Both of the layer and the last one, also by each of two devices; none in prefill, nor where the batch is cut."""
     graphdef, state = nnx.split(nnx.eval_shape(lambda: OPT(CONFIG, rngs=nnx.Rngs(0))))
     cache = jax.eval_shape(lambda: nnx.merge(graphdef, state).init_cache(2, 8))
 
@@ -208,6 +208,9 @@ def test_opt_has_its_norms_in_one_launch_for_one_token_a_row():
         assert launches(1) == 3
         assert launches(2) == 0
     with jax.sharding.use_abstract_mesh(TWO_GPUS):
+        assert launches(1) == 3
+    cut = AbstractMesh((2, 2), ("data", "model"), (AxisType.Auto,) * 2, abstract_device=TWO_GPUS.abstract_device)
+    with jax.sharding.use_abstract_mesh(cut):
         assert launches(1) == 0
 
 
