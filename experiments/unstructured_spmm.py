@@ -38,12 +38,13 @@ from pallas_kernels.unstructured_matmul import UnstructuredWeights, unstructured
 from pallas_kernels.unstructured_matmul.weights import VALUE_DTYPES
 from pallas_kernels.workbench.gpus import find_gpu
 from pallas_kernels.workbench.timing import ROUNDS, Timer, cupti
+from sparsellm.unstructured import Treatment
 
 # Source: Flash-LLM (VLDB'24), section 6.1: the four products of OPT-30B, 66B and 175B.
 FLASH_LLM = tuple(
     f"{m * width}x{k * width}" for width in (7168, 9216, 12288) for m, k in ((3, 1), (1, 1), (4, 1), (1, 4))
 )
-LAYOUTS = ("single", "paired")
+LAYOUTS = ("single", "paired")  # or "chosen" of them
 MOST_COPIES = 32
 TOLERANCE = 5e-3  # of the relative RMS error, in 16 bits
 
@@ -57,7 +58,7 @@ class Config:
         ns: tokens at once.
         sparsities: shares of zeros, at random places.
         value_dtypes: what the values that are left are kept in: "dtype" (as W is), "int8" or "float8_e4m3fn".
-        layouts: how they are stored: "single" or "paired".
+        layouts: how they are stored: "single", "paired", or "chosen": as `compress` would store so many zeros.
         dtype: of W and x: "bfloat16" or "float16".
         source: a pruned model (OPT or Mixtral): the linear layers of its middle block in place of random masks.
         cold_mb: what the copies of a matrix take at least, up to 32 of them; an H200's L2 has 60.
@@ -126,7 +127,7 @@ def _checked(config: Config) -> Config:
     options.check_least(config, 1, "ns")
     options.check_known(config, "dtype", ("bfloat16", "float16"))
     options.check_known(config, "value_dtypes", ("dtype", *VALUE_DTYPES))
-    options.check_known(config, "layouts", LAYOUTS)
+    options.check_known(config, "layouts", (*LAYOUTS, "chosen"))
     for shape in config.shapes:
         _sizes(shape)
     options.check_shares(config, "sparsities")
@@ -177,30 +178,37 @@ def measure_matrix(config: Config, problem: Problem, timer: Timer) -> list[Row]:
     zeros = 1 - int(jnp.count_nonzero(w)) / w.size
     dense = _cold(w, config.cold_mb)
     stored = {
-        kind: UnstructuredWeights.from_dense(w, None if kind[0] == "dtype" else kind[0], kind[1] == "paired")
-        for kind in itertools.product(config.value_dtypes, config.layouts)
+        (values, paired): UnstructuredWeights.from_dense(w, None if values == "dtype" else values, paired)
+        for values, layout in itertools.product(config.value_dtypes, config.layouts)
+        for paired in (_paired(layout, values, 1 - zeros),)
     }
     calls: dict[Any, Any] = {kind: (_products, _cold(weights, config.cold_mb)) for kind, weights in stored.items()}
     calls |= {"dense_us": (_cublas_products, dense), "xla_us": (_dense_products, dense)}
     for n in config.ns:
         x = jax.random.normal(jax.random.key(config.seed + 1), (n, w.shape[1]), w.dtype)
         outputs, us = _interleaved(calls, x, timer)
-        for (values, layout), weights in stored.items():
-            time_us, dense_us, xla_us = us[values, layout], us["dense_us"], us["xla_us"]
+        for kind, weights in stored.items():
+            time_us, dense_us, xla_us = us[kind], us["dense_us"], us["xla_us"]
             row = problem.named | {"sparsity": problem.named.get("sparsity", round(zeros, 4)), "n": n}
-            row |= {"dtype": config.dtype, "values": str(weights.values.dtype), "layout": layout}
+            row |= {"dtype": config.dtype, "values": str(weights.values.dtype), "layout": LAYOUTS[weights.paired]}
             row |= {"time_us": time_us, "dense_us": dense_us, "xla_us": xla_us}
             row |= {"speedup": round(dense_us / time_us, 3), "roof": round(w.nbytes / weights.nbytes, 3)}
             row |= {"over_xla": round(xla_us / time_us, 3), "gbps": round(weights.nbytes / time_us / 1e3, 1)}
-            expected = w if values == "dtype" else weights.to_dense()  # 8 bits round, which is no error of the product
+            expected = w if kind[0] == "dtype" else weights.to_dense()  # 8 bits round, which is no error of the product
             row["bound_us"] = _bound_us(weights, x)
-            row["error"] = float(products.relative_error(outputs[values, layout].T, expected, x.T))
+            row["error"] = float(products.relative_error(outputs[kind].T, expected, x.T))
             if not row["error"] <= TOLERANCE:
                 raise RuntimeError(f"{_label(row)}: error {row['error']:.1e} is above {TOLERANCE}")
             said = f"cuBLAS {dense_us}, {row['speedup']}x, XLA {xla_us}, {row['over_xla']}x"
             print(f"{_label(row)}: {time_us} us, {said}", flush=True)
             rows.append(row)
     return rows
+
+
+def _paired(layout: str, values: str, density: float) -> bool:
+    if layout == "chosen":
+        return Treatment(value_dtype=None if values == "dtype" else values).pairs(density)
+    return layout == "paired"
 
 
 def _cold[T](weights: T, cold_mb: int) -> list[T]:

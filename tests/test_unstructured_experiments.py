@@ -75,6 +75,15 @@ def test_spmm_gives_a_checked_row_for_each_product_and_goes_on_after_a_kill(tmp_
     assert figures["unstructured_spmm.png"].startswith(b"\x89PNG")
 
 
+def test_spmm_stores_weights_as_models_would(tmp_path):
+    config = dataclasses.replace(SPMM, sparsities=(0.5, 0.9), layouts=("chosen",), value_dtypes=("dtype", "int8"))
+    with Run.start("spmm", config, root=tmp_path) as run:
+        rows = unstructured_spmm.measure(config, run, timer)
+    found = [(row["sparsity"], row["values"], row["layout"]) for row in rows]
+    assert found[:2] == [(0.5, "bfloat16", "single"), (0.5, "int8", "single")]
+    assert found[2:] == [(0.9, "bfloat16", "paired"), (0.9, "int8", "single")]
+
+
 def test_spmm_keeps_no_row_that_is_wrong(tmp_path):
     def broken(function, arguments, iterations):
         out, times = timer(function, arguments, iterations)
