@@ -46,7 +46,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def _keep_programs(config: pytest.Config) -> None:
     """What is compiled is kept in pytest's cache, for all workers, for processes that tests start, and the next run."""
-    if config.cache is None:
+    if getattr(config, "cache", None) is None:  # -p no:cacheprovider
         return
     kept = {
         "jax_compilation_cache_dir": str(config.cache.mkdir("jax")),
