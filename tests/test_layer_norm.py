@@ -2,6 +2,10 @@
 
 import functools
 import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -238,3 +242,40 @@ def test_opt_norms_the_same_either_way(monkeypatch):
     monkeypatch.setattr(norms, "layer_norm", functools.partial(layer_norm, implementation="xla"))
     for out, ref in zip((*norm.of_sum(x, addend), norm(x + addend)), (*usual, usual[1]), strict=True):
         np.testing.assert_array_equal(out, ref)
+
+
+TWO_CPUS = """
+import jax, jax.numpy as jnp, numpy as np
+from flax import nnx
+from models import OPTConfig
+from models import layer_norm as norms
+from pallas_kernels.layer_norm import layer_norm
+
+norm = norms.LayerNorm(OPTConfig.preset("125m", d_model=128, heads=2), rngs=nnx.Rngs(0))
+rng = np.random.default_rng(13)
+norm.scale[...], norm.bias[...] = (jnp.asarray(rng.normal(size=128), jnp.float32) for _ in range(2))
+x, addend = (jnp.asarray(rng.normal(size=(3, 1, 128)), jnp.float32) for _ in range(2))
+wide = np.asarray(x + addend, np.float64)
+centred = wide - wide.mean(axis=-1, keepdims=True)
+expected = centred / np.sqrt((centred**2).mean(axis=-1, keepdims=True) + 1e-5) * norm.scale[...] + norm.bias[...]
+
+calls = []
+norms.check_support = lambda x, devices: None
+norms.layer_norm = lambda *args, **options: calls.append(args) or layer_norm(*args, **options, implementation="xla")
+with jax.set_mesh(jax.make_mesh((2,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))):
+    total, y = jax.jit(norm.of_sum)(x, addend)
+    alone = jax.jit(lambda x: norm.of_sum(x, None))(x + addend)
+assert len(calls) == 2 and all(a.sharding.is_fully_replicated for a in (total, y))
+np.testing.assert_array_equal(total, x + addend)
+np.testing.assert_allclose(y, expected, atol=1e-5)
+np.testing.assert_array_equal(alone[1], y)
+print("whole")
+"""
+
+
+def test_each_of_two_devices_norms_whole_rows():
+    """In a process that sees two CPU devices, with the kernel's xla path in its place."""
+    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
+    command, root = [sys.executable, "-c", TWO_CPUS], Path(__file__).parents[1]
+    done = subprocess.run(command, env=env, cwd=root, capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "whole", done.stderr

@@ -41,7 +41,7 @@ def candidates(q, keys, values, lengths, heads=None, counts=None) -> list[Config
 
     That has the splits, a power of two, which leave the last wave of blocks the fullest, and the fewest of those. Where
     a row has few stages, their last one is read mostly in vain, and what a block does before its first slots arrive is
-    hidden by other blocks on its SM: so stages are small there, and as many blocks as there are heads enough. Of 56
+    hidden by other blocks on its SM: so stages are small there, and heads are not split where there are enough. Of 56
     heads and 144 of 160 slots, batch 4 and 16, on an H200: 7.2 and 20.8 us, with stages of 64 slots 8.0 and 24.7
     (bytes: 3.8, 15.4); batch 32 38.3, in a model and with stages of 64 slots 41.9 (bytes: 30.7).
     """
