@@ -13,8 +13,9 @@ of the middle layer by itself, times the layers; on a GPU by CUPTI, as dispatchi
 them. Every variant's logits are compared with those of `padded` in the same run.
 
 Weights are synthetic unless `--source` is given: random, with as many neurons firing as the profile says. Without
-`--records`, tokens are random and only lengths are like real ones. Seen on an H200, in four minutes with transformers:
-13B padded 577 ms, packed 194, packed and sparse 156, by token 164; 30B 1245, 428, 335 and 347: that order does not pay.
+`--records`, tokens are random and only lengths are like real ones. Seen on an H200, in five minutes with transformers:
+13B padded 600 ms, packed 198, packed and sparse 159, by token 167; 30B 1267, 460, 351 and 365: that order does not pay.
+Another H200 took 3% less for 13B and 2 to 7% less for 30B.
 Source: PIT (SOSP'23), section 5.2 and figure 9.
 """
 
