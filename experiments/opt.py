@@ -110,12 +110,11 @@ def mesh_over(devices: int) -> Mesh | None:
     return jax.make_mesh((devices,), ("model",), axis_types, devices=found[:devices]) if devices > 1 else None
 
 
-def check_length(config: Any, size: str) -> None:
-    """Raises ValueError where the options `context` and `steps` do not fit into the positions of this size."""
-    longest = config_of(size, config.dtype).max_length
-    if config.context + config.steps > longest:
+def check_length(config: Any, name: str, sizes: OPTConfig) -> None:
+    """Raises ValueError where the options `context` and `steps` do not fit into the positions of a model."""
+    if config.context + config.steps > sizes.max_length:
         got = f"context={config.context}, steps={config.steps}"
-        raise ValueError(f"context and steps must fit into the {longest} positions of {size}; got {got}")
+        raise ValueError(f"context and steps must fit into the {sizes.max_length} positions of {name}; got {got}")
 
 
 def measure_peers(config: Any, size: str, run: Run) -> dict[int, Row]:

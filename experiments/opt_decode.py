@@ -7,8 +7,9 @@
 Timed is `sparsellm.decoding.decode`, the compiled loop that `generate` runs: wall-clock time of a chunk of steps, by
 the step. Dense and sparse run the same parameters; the predictor, a low-rank pair a layer that looks ahead, is part of
 the sparse loop, and so is making its answer a list. The bound is the time of a step's bytes: parameters (of listed
-neurons, where it is sparse), predictors and the cache. Every sparse row is checked: in one more step, what the
-feed-forward blocks give, against all neurons in float32 with those that are not listed set to zero.
+neurons, where it is sparse), predictors and all slots of the cache, of which the timed steps read nine tenths. Every
+sparse row is checked: in one more step, what the feed-forward blocks give, against all neurons in float32 with those
+that are not listed set to zero.
 
 Without a checkpoint the weights are random, and fitted so that neurons fire as often as the profile says; predictors
 then name as many neurons as the profile, of a batch together, but not those that fire: "(synthetic)" stands in the
@@ -112,7 +113,8 @@ def measure(config: Config, run: Run) -> list[Row]:
 
     Raises:
         ValueError: an option is out of range.
-        RuntimeError: the logits of lists and of their simulation differ; or no batch fits into the device.
+        RuntimeError: what blocks give over lists is not what they should, or not finite; or no batch fits into the
+            device.
     """
     check(config)
     sources = config.sizes if config.source is None else (config.source,)
@@ -137,7 +139,7 @@ def check(config: Config) -> None:
         got = f"source={config.source}, predictors={config.predictors}"
         raise ValueError(f"source and predictors go together: a checkpoint and what was trained for it; got {got}")
     for size in config.sizes if config.source is None else ():
-        opt.check_length(config, size)
+        opt.check_length(config, size, opt.config_of(size, config.dtype))
 
 
 def measure_model(config: Config, source: str, run: Run) -> list[Row]:
@@ -150,6 +152,7 @@ def measure_model(config: Config, source: str, run: Run) -> list[Row]:
     @functools.cache
     def model() -> tuple[OPT, str]:
         model, weights = opt.make_model(source, config.dtype, neuron_major=True, **made)
+        opt.check_length(config, name, model.config)
         if config.source is None:
             profile, key = opt.read_profile(config.profile, model.config.d_ff), jax.random.key(config.seed)
             batches = [batch for batch in FIT_BATCHES if profile.batches[0] <= batch <= profile.batches[-1]]
@@ -224,6 +227,7 @@ def _checked(graphdef, state, x: Float[Array, "batch 1 d_model"], places: Places
     h = jnp.where(fires, ACTIVATIONS[layer.config.activation](y @ w1 + b1[None, None]), 0)
     expected = h @ w2 + b2[None, None]
     wrong = jnp.sum((found["ffn_output"].astype(jnp.float32) - expected) ** 2)
+    wrong = jnp.where(jnp.isfinite(y).all(), wrong, jnp.nan)  # NaN is predicted nowhere, and nothing has no error
     return x, wrong, jnp.sum(expected**2), jnp.mean(fires.any(axis=0), dtype=jnp.float32)
 
 

@@ -110,13 +110,14 @@ def _check(config: Config) -> None:
     options.check_shares(config, "sparsities")
     opt.mesh_over(config.devices)  # raises where there are fewer
     for model in config.models if config.source is None else ():
-        opt.check_length(config, model)
+        opt.check_length(config, model, opt.config_of(model, config.dtype))
 
 
 def measure_model(config: Config, model: str, sparsity: float | None) -> list[Row]:
     """Rows of one model on every batch: of a random one, or of a given one dense and then compressed."""
     if sparsity is None:
         loaded = opt.make_model(model, config.dtype, source=model)[0]
+        opt.check_length(config, model, loaded.config)
         named: Row = {"model": model.rstrip("/").rpartition("/")[2], "weights": "pruned"}
         rows = [_measure(config, loaded, named | {"variant": "dense"}, batch) for batch in config.batches]
         found: list[Row] = []

@@ -173,10 +173,13 @@ def parts_ms(model: OPT, tokens: Array, packing: Packing | None, repeats: int, t
     """
     middle = len(model.layers) // 2
     places = _places(tokens, packing=packing)
-    arrays = [entering(model, middle, tokens, places), places]
-    parts = {"attention": _attention, "feed_forward": _feed_forward}
+    x = entering(model, middle, tokens, places)
     layer: Any = model.layers[middle]
-    times = {part: programs.measure(function, layer, arrays, repeats, timer)[1] for part, function in parts.items()}
+    pre_norm = model.config.pre_norm
+    attention, feed_forward = (functools.partial(part, pre_norm=pre_norm) for part in (_attention, _feed_forward))
+    y, attention_ms, _ = programs.measure(attention, layer, [x, places], repeats, timer)
+    _, feed_forward_ms, _ = programs.measure(feed_forward, layer, [x, y, places], repeats, timer)
+    times = {"attention": attention_ms, "feed_forward": feed_forward_ms}
     return {f"{part}_ms": round(len(model.layers) * ms, 3) for part, ms in times.items()}
 
 
@@ -210,12 +213,14 @@ def _step(graphdef, state, x: Array, places: Places) -> Array:
     return nnx.merge(graphdef, state)(x, places, None)[0]
 
 
-def _attention(layer: Any, x: Array, places: Places) -> Array:
-    return layer.self_attn(layer.self_attn_layer_norm(x), places, None)[0]
+def _attention(layer: Any, x: Array, places: Places, *, pre_norm: bool) -> Array:
+    return layer.self_attn(layer.self_attn_layer_norm(x) if pre_norm else x, places, None)[0]
 
 
-def _feed_forward(layer: Any, x: Array, places: Places) -> Array:
-    return layer.feed_forward(layer.final_layer_norm(x), places.mask, x)
+def _feed_forward(layer: Any, x: Array, y: Array, places: Places, *, pre_norm: bool) -> Array:
+    """Of the layer's input and what attention made of it."""
+    _, normed = (layer.final_layer_norm if pre_norm else layer.self_attn_layer_norm).of_sum(x, y)
+    return layer.feed_forward(normed, places, x)
 
 
 def _padded(batch: list[tuple[int, ...]]) -> list[Any]:

@@ -237,6 +237,9 @@ def attend(
             implementation="cudnn",
         )
     else:
+        if follow:  # what nobody sees may be another text's, and not finite: of no weight is not enough
+            seen = places.visible.any(axis=(1, 2))
+            v = jnp.where(seen[:, :, None, None], v, 0)
         out = _masked_attention(q, k, v, places.visible, bias, scale)
     return out if places.packing is None else places.packing.pack(out)
 

@@ -17,6 +17,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Shaped
 
 from models.activations import ACTIVATIONS, SHIFT, fatrelu
+from models.attention import Places
 from models.layers import linear
 from pallas_kernels import gather_matmul, neuron_ffn, relu_matmul
 from pallas_kernels.micro_tile_index import compact, micro_tile_index
@@ -91,18 +92,18 @@ class FeedForward(nnx.Module):
     def feed_forward(
         self,
         x: Float[Array, "batch length d_model"],
-        mask: Bool[Array, "batch length"],
+        places: Places,
         entering: Float[Array, "batch length d_model"],
     ) -> Float[Array, "batch length d_model"]:
         """The block's output.
 
         Args:
             x: its input.
-            mask: False for padding, which activates no neuron, so that it makes no micro-tile live.
+            places: where the tokens stand. Padding activates no neuron, so that it makes no micro-tile live.
             entering: what came into the decoder layer: a predictor that looks ahead reads it.
         """
         capture(self, "ffn_input", x)
-        fires = self._predicted(x, mask, entering)
+        mask, fires = places.mask, self._predicted(x, places, entering)
         if fires is not None and self.prediction == "lists":
             y = self._listed(x, fires)
         elif fires is not None or self.sparse_rows is None:
@@ -112,14 +113,14 @@ class FeedForward(nnx.Module):
         capture(self, "ffn_output", y)
         return y
 
-    def _predicted(self, x, mask, entering) -> Bool[Array, "#batch #length d_ff"] | None:
+    def _predicted(self, x, places: Places, entering) -> Bool[Array, "#batch #length d_ff"] | None:
         """Which neurons to compute, or None for all: by token, or what any token of the batch is predicted to need."""
         if self.predictor is None:
             return None
         everywhere = self.prediction == "mask_everywhere"
-        if not everywhere and (x.shape[1] != 1 or x.shape[0] > MAX_BATCH):
+        if not everywhere and not (places.decoding and len(x) <= MAX_BATCH):
             return None
-        fires = self.predictor(entering if self.predictor.look_ahead else x) & mask[..., None]
+        fires = self.predictor(entering if self.predictor.look_ahead else x) & places.mask[..., None]
         fires = fires if everywhere or self.per_sequence else fires.any(axis=0, keepdims=True)
         capture(self, "ffn_predicted", fires)
         return fires

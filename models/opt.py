@@ -12,7 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from models.attention import KVCache, Places, attend, attend_by_heads, place_tokens, run_layers, write_slots
-from models.feed_forward import LISTED, PREDICTIONS, FeedForward, Prediction, output_init
+from models.feed_forward import LISTED, PREDICTIONS, FeedForward, NeuronMajorLinear, Prediction, output_init
 from models.layer_norm import LayerNorm
 from models.layers import embed, linear, vocabulary_logits
 from models.opt_config import OPTConfig
@@ -27,8 +27,8 @@ class Attention(nnx.Module):
     """Causal self-attention, while decoding by the heads that a predictor names, if there is one.
 
     Of the others no keys and values are read, and their output is zero. What no row of the batch needs of the
-    projections of queries and of the output is not read either. Keys and values are computed of all heads: a later
-    token may need them.
+    projections of queries and of the output is not read either, if they are large enough for that to pay (from OPT-13B
+    on: see `listed_matmul`). Keys and values are computed of all heads: a later token may need them.
     """
 
     def __init__(self, config: OPTConfig, heads: int, *, rngs: nnx.Rngs):
@@ -107,7 +107,7 @@ class DecoderLayer(FeedForward):
         y, slots = self.self_attn(self.self_attn_layer_norm(x) if pre_norm else x, places, slots, entered)
         y = self._dropped(y, rngs)
         x, normed = (self.final_layer_norm if pre_norm else self.self_attn_layer_norm).of_sum(x, y)
-        y = self._dropped(self.feed_forward(normed, places.mask, entering), rngs)
+        y = self._dropped(self.feed_forward(normed, places, entering), rngs)
         x = x + y if pre_norm else self.final_layer_norm.of_sum(normed, y)[1]
         return x, slots
 
@@ -230,19 +230,21 @@ def with_predictors(
         model: the model; what it has learned is shared, not copied. "lists" reads rows of fc1: if the model is not
             `neuron_major`, all of fc1 is transposed for them at every step.
         predictors: of each layer's neurons; None computes all.
-        prediction: "lists": calls with one token a row, and at most 32 rows, read only the neurons that are predicted
-            for any of these tokens. "mask": such calls compute all, and leave out what "lists" would: a simulation.
-            "mask_everywhere": every call leaves out what is not predicted for each token itself, to measure quality.
-        head_predictors: likewise of heads, in calls with one token a row behind a cache: of each row its own keys and
-            values, of all rows together the projections of queries and of the output. They see what enters the layer
-            or, with `look_ahead`, the one before.
+        prediction: "lists": calls with one token a row behind a cache, and at most 32 rows, read only the neurons that
+            are predicted for any of these tokens. "mask": such calls compute all, and leave out what "lists" would: a
+            simulation. "mask_everywhere": every call leaves out what is not predicted for each token itself, to measure
+            quality.
+        head_predictors: likewise of heads, of any number of rows: of each row its own keys and values, of all rows
+            together the projections of queries and of the output. They see what enters the layer or, with
+            `look_ahead`, the one before.
         per_sequence: with "lists" and "mask", each row computes only the neurons that are predicted for its own token,
-            so that what comes of it does not depend, but for rounding, on the rows beside it. The weights of the others
-            are read all the same, once for all rows. False: each computes what is predicted for any.
+            so that what comes of it does not depend, but for rounding, on the rows beside it, up to 32 of them. The
+            weights of the others are read all the same, once for all rows. False: each computes what is predicted for
+            any.
 
     Raises:
-        ValueError: the predictors are of another model, `prediction` is unknown, or `neuron_ffn` does not know the
-            model's activation.
+        ValueError: the predictors are of another model, `prediction` is unknown, or lists of neurons are asked for of
+            an activation that `neuron_ffn` does not know, or of layers that are not dense.
     """
     config = model.config
     if prediction not in PREDICTIONS:
@@ -256,10 +258,22 @@ def with_predictors(
     predictors = _fitting(config, "predictor", predictors, neurons, "neurons")
     head_predictors = _fitting(config, "head_predictor", head_predictors, heads, "heads")
     predicted = nnx.merge(*nnx.split(model))
-    for layer, predictor, head_predictor in zip(predicted.layers, predictors, head_predictors, strict=True):
+    for i, (layer, predictor, head_predictor) in enumerate(
+        zip(predicted.layers, predictors, head_predictors, strict=True)
+    ):
+        if prediction == "lists" and predictor is not None:
+            _check_dense(layer, f"layers.{i}")
         layer.predictor, layer.prediction, layer.per_sequence = nnx.data(predictor), prediction, per_sequence
         layer.self_attn.predictor, layer.self_attn.prediction = nnx.data(head_predictor), prediction
     return predicted
+
+
+def _check_dense(layer: DecoderLayer, name: str) -> None:
+    """Raises ValueError where the rows of fc1 and fc2 that are listed cannot be read alone."""
+    for part, module in (("fc1", layer.fc1), ("fc2", layer.fc2)):
+        if not isinstance(module, nnx.Linear | NeuronMajorLinear):
+            rule = 'prediction "lists" takes dense layers (of others, "mask" simulates it)'
+            raise ValueError(f"{rule}; {name}.{part} is a {type(module).__name__}")
 
 
 def _fitting(
@@ -287,16 +301,24 @@ def with_sparse_rows(model: OPT, sparse_rows: int | None | Sequence[int | None])
 
 
 def with_layout(model: OPT, *, neuron_major: bool) -> OPT:
-    """The same parameters, without predictors, and with fc1 neuron-major or not: a copy where it was not so before."""
+    """The same parameters, without predictors, and with fc1 neuron-major or not: a copy where it was not so before.
+
+    Raises:
+        ValueError: a linear layer is compressed or wrapped.
+    """
     if model.config.neuron_major == neuron_major:
-        return model
+        return with_predictors(model, None)
     config = dataclasses.replace(model.config, neuron_major=neuron_major)
     graphdef, abstract = nnx.split(nnx.eval_shape(lambda: OPT(config, rngs=nnx.Rngs(0))))
     arrays = {path: variable[...] for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param))}
     theirs, ours = ("kernel", "weight") if neuron_major else ("weight", "kernel")
 
     def found(path: tuple) -> Array:
-        return arrays[path] if path in arrays else arrays[(*path[:-1], theirs if path[-1] == ours else ours)].T
+        there = (*path[:-1], theirs if path[-1] == ours else ours)
+        if path not in arrays and there not in arrays:
+            name = ".".join(map(str, path[:-1]))
+            raise ValueError(f"the layout of a dense model can be changed, not of one whose {name} is not nnx's")
+        return arrays[path] if path in arrays else arrays[there].T
 
     flat = [(path, variable.replace(found(path))) for path, variable in nnx.to_flat_state(abstract)]
     return nnx.merge(graphdef, nnx.from_flat_state(flat))

@@ -312,7 +312,7 @@ def listed_matmul(
         config: tiling of the Mosaic kernel; None takes the tuned one, or a heuristic.
         implementation: "mosaic_gpu" (Hopper, 16-bit types, 32 tokens at most, blocks in multiples of 64), "xla"
             (anywhere), "interpret" (the Mosaic kernel on CPU under the race detector, slow), or None: the Mosaic
-            kernel where it can run and w has `MIN_BYTES`, else xla.
+            kernel where it can run and w has `MIN_BYTES` or there is a config, else xla.
 
     Raises:
         ValueError: shapes, dtypes, `axis` or config do not fit together.
@@ -338,7 +338,7 @@ def listed_matmul(
         _check_support(x, w, width)
         if implementation != "interpret":
             device.require_device("listed_matmul", DEVICES)
-        if implementation is None and w.nbytes < MIN_BYTES:
+        if implementation is None and config is None and w.nbytes < MIN_BYTES:
             raise NotImplementedError(f"the Mosaic kernel pays from {MIN_BYTES} bytes on; got {w.nbytes}")
         if config is not None and (divided := width if axis == "columns" else w.shape[1]) % config.columns:
             raise ValueError(f"columns must divide {divided}; got columns={config.columns}")

@@ -112,6 +112,8 @@ def check_prompt(config: Any, name: str, prompt: Sequence[int], max_new_tokens: 
         raise ValueError(f"max_new_tokens must be at least 1; got {max_new_tokens}")
     if not len(prompt):
         raise ValueError(f"a prompt must hold at least one token (</s> starts a text); {name} is empty")
+    if not np.issubdtype(np.asarray(prompt).dtype, np.integer):
+        raise ValueError(f"token ids must be integers; {name} holds {np.asarray(prompt).dtype}")
     outside = [token for token in prompt if not 0 <= token < config.vocab_size]
     if outside:
         raise ValueError(f"token ids must be in [0, {config.vocab_size}); {name} holds {outside[0]}")

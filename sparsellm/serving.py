@@ -7,7 +7,8 @@ Between two chunks of decode steps the rows whose text has ended take waiting pr
 are prefilled together, packed, straight into their rows of the cache. Nothing is compiled for a new mix of requests:
 there is one decode program, and one prefill program for each size of the packed axis (and one for the first of all,
 which makes the cache). A row's text does not depend on what the others hold: but for rounding, it is what `generate`
-would answer to the prompt alone.
+would answer to the prompt alone. (Not so where rows share something by design: the list of neurons that are predicted
+for any of them, unless `with_predictors` has them listed `per_sequence`.)
 
 Source: Yu et al., "Orca" (OSDI'22), section 3.1, iteration-level scheduling; here an iteration is a chunk of steps.
 """

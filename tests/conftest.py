@@ -74,7 +74,7 @@ def pytest_collection_finish() -> None:
     """Python looks for cycles less often, and never again in what is imported: that took 6% of the tests' time."""
     gc.collect()
     gc.freeze()
-    gc.set_threshold(100_000, 20, 20)
+    gc.set_threshold(500_000, 20, 20)
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -43,6 +43,8 @@ def traced_reads(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     def read(stored, tensors):
         return read_parameter(stored, {name: _Watched(tensor, earlier) for name, tensor in tensors.items()})
 
+    gc.collect()
+    gc.freeze()  # what is there by now need not be looked through at every read
     with monkeypatch.context() as patch:
         patch.setattr(huggingface, "read_parameter", read)
         tracemalloc.start()

@@ -15,6 +15,7 @@ from flax import nnx
 
 from models import OPT, PRESETS, OPTConfig
 from models.activations import relu
+from models.attention import place_tokens
 from models.layers import vocabulary_logits
 from models.opt import DecoderLayer
 from pallas_kernels import micro_tile_index
@@ -167,7 +168,7 @@ def test_feed_forward_by_its_formula(block):
     rng = np.random.default_rng(1)
     x, mask = rng.normal(size=(2, 5, 12)).astype(np.float32), np.arange(10).reshape(2, 5) % 4 != 3
     x[0, 0] = 0  # biases alone
-    results = []
+    results, tokens = [], jnp.zeros(mask.shape, jnp.int32)
     for rows in (None, 8) if choices.get("activation") not in ("gelu", "silu") else (None,):
         layer = make(dataclasses.replace(config, sparse_rows=rows)).layers[0]
         graphdef, state = nnx.split(layer)
@@ -176,7 +177,7 @@ def test_feed_forward_by_its_formula(block):
         def block_and_gradient(state, graphdef=graphdef):
             def loss(state):
                 out, captured = nnx.capture(DecoderLayer.feed_forward, nnx.Intermediate)(
-                    nnx.merge(graphdef, state), jnp.asarray(x), jnp.asarray(mask), jnp.asarray(x)
+                    nnx.merge(graphdef, state), jnp.asarray(x), place_tokens(tokens, jnp.asarray(mask)), jnp.asarray(x)
                 )
                 return jnp.sum(jnp.sin(out)), (out, captured["ffn_activation"][0])
 
@@ -225,9 +226,10 @@ def test_the_gradient_of_relu_is_that_of_its_output():
 def test_nan_is_not_cut_off():
     """A threshold compares; NaN is not below it."""
     x = jnp.zeros((1, 2, TINY.d_model)).at[0, 1].set(jnp.nan)
+    places = place_tokens(jnp.zeros((1, 2), jnp.int32))
     for rows in (None, 1):
         layer = make(dataclasses.replace(TINY, thresholds=(0.5,), sparse_rows=rows)).layers[0]
-        out = jax.jit(lambda layer: layer.feed_forward(x, jnp.ones((1, 2), bool), x))(layer)
+        out = jax.jit(lambda layer: layer.feed_forward(x, places, x))(layer)
         assert np.isnan(out[0, 1]).all() and np.isfinite(out[0, 0]).all()
 
 

@@ -18,7 +18,7 @@ from models import OPT, OPTConfig, load_opt, save_hf, save_opt
 from models.opt import with_layout, with_predictors
 from pallas_kernels.workbench.gpus import GPUS, targeting
 from sparsellm.generation import generate
-from sparsellm.predictors import LowRankPredictor
+from sparsellm.predictors import LowRankPredictor, with_input_thresholds
 from sparsellm.serving import Request, serve
 from sparsellm.unstructured import Treatment, compress
 
@@ -174,7 +174,8 @@ def test_a_row_that_has_ended_has_no_neurons_of_its_own(model):
 
     @jax.jit(static_argnums=0)
     def listed(graphdef, state):
-        _, captured = nnx.capture(nnx.merge(graphdef, state), nnx.Intermediate)(tokens, mask=mask)
+        model = nnx.merge(graphdef, state)
+        _, captured = nnx.capture(model, nnx.Intermediate)(tokens, mask=mask, cache=model.init_cache(3, 8))
         return captured["layers"][0]["ffn_predicted"][0]
 
     fires = np.asarray(listed(*nnx.split(predicted)))
@@ -250,6 +251,22 @@ def test_projections_that_are_compressed_are_multiplied_whole(four_heads):
     np.testing.assert_allclose(*found, atol=2e-4)
 
 
+def test_lists_are_of_dense_layers(four_heads):
+    """Of others a simulation; and the layout is chosen before."""
+    usual = with_layout(four_heads, neuron_major=False)
+    cut = with_input_thresholds(usual, np.arange(12).reshape(2, 6), 0.5, select="fc2")
+    compressed = compress(with_layout(four_heads, neuron_major=False), [("fc1", Treatment(max_density=1.0))])
+    for model, name in ((cut, "fc2 is a ThresholdedLinear"), (compressed, "fc1 is a UnstructuredLinear")):
+        with pytest.raises(ValueError, match=f'"lists" takes dense layers .*; layers.0.{name}'):
+            with_predictors(model, predictors(usual, "all"))
+        listed = with_predictors(model, predictors(usual, "all"), "mask")
+        tokens = jnp.array([[2, 9, 31, 7, 5], [2, 40, 3, 3, 19]])
+        found = [decode_once(*nnx.split(m), tokens[:, :-1], tokens[:, -1:]) for m in (model, listed)]
+        np.testing.assert_allclose(*found, atol=1e-4)
+        with pytest.raises(ValueError, match="of a dense model can be changed, not of one whose layers.0.fc"):
+            with_layout(model, neuron_major=True)
+
+
 @pytest.mark.parametrize("batch,listed", [(2, True), (32, True), (33, False)])
 def test_projections_of_listed_heads_have_a_kernel_on_a_gpu(batch, listed):
     config = OPTConfig.preset("30b", layers=1, vocab_size=64, dtype="bfloat16", param_dtype="bfloat16")
@@ -308,9 +325,10 @@ def test_everywhere_each_token_keeps_its_own_neurons(model):
     np.testing.assert_allclose(masked, dense * fires, atol=1e-5)
 
 
-def test_prompts_are_read_with_every_neuron(model):
-    """Also where "lists" name none: only calls with one token a row read them."""
-    tokens = jnp.array([[2, 9, 31, 7], [2, 40, 3, 19]])
+@pytest.mark.parametrize("tokens", [[[2, 9, 31, 7], [2, 40, 3, 19]], [[7], [9]]])
+def test_prompts_are_read_with_every_neuron(model, tokens):
+    """Also where "lists" name none: only calls with one token a row, behind a cache, read them."""
+    tokens = jnp.array(tokens)
     run = jax.jit(lambda graphdef, state: nnx.merge(graphdef, state)(tokens), static_argnums=0)
     dense, predicted = (run(*nnx.split(m)) for m in (model, with_predictors(model, predictors(model, "none"))))
     np.testing.assert_array_equal(dense, predicted)
@@ -320,7 +338,7 @@ def test_prompts_are_read_with_every_neuron(model):
 def test_more_rows_than_a_list_serves_are_computed_densely(model, batch, listed):
     predicted = with_predictors(model, predictors(model, "none"))
     tokens = jax.ShapeDtypeStruct((batch, 1), jnp.int32)
-    jaxpr = str(jax.make_jaxpr(lambda tokens: predicted(tokens))(tokens))
+    jaxpr = str(jax.make_jaxpr(lambda tokens: predicted(tokens, cache=predicted.init_cache(batch, 8)))(tokens))
     assert ("neuron_ffn" in jaxpr) == listed
 
 
@@ -369,7 +387,9 @@ def test_layouts_hold_the_same(model, tmp_path):
     usual = with_layout(model, neuron_major=False)
     kernel = usual.layers[1].fc1.kernel[...]
     np.testing.assert_array_equal(kernel, model.layers[1].fc1.weight[...].T)
-    assert with_layout(model, neuron_major=True) is model
+    again = with_layout(with_predictors(model, predictors(model, "all")), neuron_major=True)
+    assert again.layers[1].fc1.weight[...] is model.layers[1].fc1.weight[...]  # not copied
+    assert again.layers[1].predictor is None is usual.layers[1].predictor
     save_hf(model, tmp_path / "hf")
     save_hf(usual, tmp_path / "usual")
     assert (tmp_path / "hf/model.safetensors").read_bytes() == (tmp_path / "usual/model.safetensors").read_bytes()

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from experiments import opt, opt_decode, opt_serving
+from experiments import opt, opt_decode, opt_decode_pruned, opt_serving
 from experiments.__main__ import main
 from experiments.runs import Run
 from models import OPT, OPTConfig, feed_forward, save_opt, with_predictors
@@ -66,6 +66,17 @@ def test_neurons_that_a_list_loses_are_found(lost, monkeypatch):
     assert shares == [1] and (error > 1e-2) == bool(lost)
 
 
+def test_what_is_not_finite_has_an_error():
+    """No neuron is predicted of NaN, and a sum over none equals a sum over none."""
+    config = OPTConfig(vocab_size=31, layers=2, d_model=8, heads=2, d_ff=16, max_length=8, neuron_major=True)
+    predictor = LowRankPredictor(8, 2, 16, threshold=0.3, rngs=nnx.Rngs(0))
+    lists, tokens = with_predictors(random_model(config), [predictor, predictor]), jnp.array([[3], [9]])
+    cache = lists.init_cache(2, 4)
+    values = (cache.values[0].at[0, 0].set(jnp.nan), cache.values[1])
+    error, _ = opt_decode.check_lists(lists, tokens, cache._replace(values=values, filled=jnp.array([1, 0])))
+    assert np.isnan(error)
+
+
 @pytest.mark.parametrize("per_sequence", [False, True])
 def test_blocks_are_checked_by_the_neurons_of_each_row_and_the_share_read_for_all(per_sequence):
     config = OPTConfig(vocab_size=31, layers=1, d_model=8, heads=2, d_ff=16, max_length=8, neuron_major=True)
@@ -95,6 +106,12 @@ def test_a_checkpoint_decodes_with_its_own_predictors(tmp_path, monkeypatch):
     assert dense["model"] == "source" and dense["weights"] == folders["source"]
     assert (dense["time_ms"], sparse["time_ms"], sparse["density"]) == (2, 2, 1) and sparse["error"] < 1e-5
     assert asked == 2 * [{"context": 8, "steps": 4, "repeats": 1, "seed": 0, "sampling": opt_decode.GREEDY}]
+    for experiment in (opt_decode, opt_decode_pruned):  # of a source, its own positions
+        options = {"source": folders["source"], "context": 250, "steps": 7}
+        options |= {"predictors": folders["predictors"]} if experiment is opt_decode else {}
+        long = dataclasses.replace(experiment.Config.smoke(), **options)
+        with Run.start("long", long, root=tmp_path) as run, pytest.raises(ValueError, match="fit into the 256 pos"):
+            experiment.run(long, run)
     served = []
     monkeypatch.setattr(opt_serving, "_measure", lambda config, *models: served.append(models) or {})
     serve = dataclasses.replace(opt_serving.Config.smoke(), predictor_bits=16, per_sequence=True, **folders)

@@ -15,6 +15,7 @@ from experiments.__main__ import main
 from experiments.records import LONGEST, choose_records, made_up_records, read_records
 from experiments.runs import Run
 from models import OPT
+from sparsellm import serving
 from sparsellm.serving import Answer, Request
 from sparsellm.text import train_bpe
 
@@ -80,6 +81,22 @@ def test_the_middle_layer_is_given_what_comes_out_of_those_before_it(model):
     np.testing.assert_allclose(logits[0], logits_of(model, (5, 6, 7))[-1], atol=1e-4)
 
 
+@pytest.mark.parametrize("pre_norm", [True, False])
+def test_the_parts_that_are_timed_are_those_of_the_model(model, pre_norm):
+    """Of its middle layer the output of the feed-forward block, on what attention and the layers before gave."""
+    config = dataclasses.replace(model.config, pre_norm=pre_norm)
+    whole = nnx.eval_shape(lambda: OPT(config, rngs=nnx.Rngs(0)))
+    ours = nnx.state(whole)
+    nnx.update(whole, {name: found for name, found in nnx.state(model).items() if name in ours})  # no last norm
+    tokens, _, packing = opt_inference._packed([(5, 6, 7), (8,)])
+    middle, places = len(whole.layers) // 2, opt_inference._places(tokens, packing=packing)
+    captured: Any = nnx.capture(whole, nnx.Intermediate)(tokens, packing=packing)[1]
+    x = opt_inference.entering(whole, middle, tokens, places)
+    y = opt_inference._attention(whole.layers[middle], x, places, pre_norm=pre_norm)
+    out = opt_inference._feed_forward(whole.layers[middle], x, y, places, pre_norm=pre_norm)
+    np.testing.assert_allclose(out, captured["layers"][middle]["ffn_output"][0], atol=1e-5)
+
+
 def test_a_wrong_variant_is_not_let_pass(model, monkeypatch):
     def wrong(batch, by_token):
         tokens, ends, packing = opt_inference.pack(batch)[0], *(lambda p: (p.last - 1, p))(opt_inference.pack(batch)[1])
@@ -105,6 +122,35 @@ def test_a_wrong_answer_is_not_let_pass(model):
     assert opt_serving.largest_gap(model, request, Answer(tokens=right[:2]), 48) == 0
 
 
+@pytest.mark.parametrize("variant", ["dense", "sparse"])
+def test_a_refill_that_spoils_the_cache_is_not_let_pass(model, variant, monkeypatch):
+    """Of the rows beside it; and where those are shared, of its own."""
+    config = dataclasses.replace(opt_serving.Config.smoke(), requests=6, per_sequence=False)
+    graphdef, state = nnx.split(model)  # whose text is one token over and over; so that it depends on what it holds:
+    own = nnx.merge(graphdef, jax.tree.map(lambda x: 4 * x if x.ndim == 2 else 1 + 0.1 * x, state))
+    served, reference = opt_serving.variant_of(own, variant, config)
+    records = made_up_records(6, vocab_size=512, longest=40, seed=0)
+    requests, prefill, refills = opt_serving.stream(records, 0.0, 0), serving.decoding.prefill, []
+
+    def spoilt(rows):
+        return rows._replace(cache=rows.cache._replace(values=tuple(9 - 9 * v for v in rows.cache.values)))
+
+    def spoiling(graphdef, state, rows, *arguments, **options):
+        if rows is not None:
+            refills.append(rows)
+            rows = spoilt(rows) if variant == "dense" else rows
+        found = prefill(graphdef, state, rows, *arguments, **options)
+        return spoilt(found) if rows is not None and variant == "sparse" else found
+
+    monkeypatch.setattr(opt_serving, "_serve_compiled", lambda serve_all: [])
+    monkeypatch.setattr(opt_serving, "statistics", lambda answers: {})
+    assert opt_serving._measure(config, served, reference, requests)["error"] < 1e-3
+    monkeypatch.setattr(serving.decoding, "prefill", spoiling)
+    with pytest.raises(RuntimeError, match="standard deviations below the likeliest: not the model's"):
+        opt_serving._measure(config, served, reference, requests)
+    assert refills
+
+
 def test_texts_that_are_drawn_do_not_run_in_circles(model):
     hidden = jax.random.normal(jax.random.key(0), (64, model.config.d_model))
     own, drawn, other = (
@@ -127,6 +173,7 @@ def test_texts_that_are_drawn_do_not_run_in_circles(model):
         (opt_inference, {"dtype": "int8"}, "dtype must be one of bfloat16, float16, float32; got 'int8'"),
         (opt_inference, {"sparse_rows": 3}, "sparse_rows must be None or one of"),
         (opt_serving, {"rows": 0}, "rows must be at least 1; got rows=0"),
+        (opt_serving, {"rows": 33}, "rows must be at most 32, which share a list of neurons; got rows=33"),
         (opt_serving, {"rate": -1.0}, "rate must be at least 0; got rate=-1.0"),
     ],
 )

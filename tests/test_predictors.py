@@ -341,6 +341,16 @@ def test_calibration_takes_one_wish(activations, good):
         calibrate(good[::-1], activations, recall=0.95)
 
 
+def test_calibration_that_fails_changes_nothing(activations, good):
+    calibrate(good, activations, neurons=np.array([3.0, 4.0]))
+    before = [float(predictor.threshold[...]) for predictor in good]
+    with pytest.raises(ValueError, match="neurons must be one number, or one for each of 2 layers; got 1"):
+        calibrate(good, activations, neurons=[1.0])
+    with pytest.raises(ValueError, match="neurons must be 0 to .*; got neurons=999"):
+        calibrate(good, activations, neurons=[1.0, 999.0])
+    assert [float(predictor.threshold[...]) for predictor in good] == before
+
+
 def test_calibration_for_quality_finds_the_lowest_recall_that_will_do(activations, good):
     asked = []
 
@@ -519,6 +529,15 @@ def test_teal_cuts_a_share_of_every_input():
     only = with_input_thresholds(model, tokens, 0.5, select="fc2$")
     assert isinstance(only.layers[0]["fc1"], nnx.Linear) and not isinstance(only.layers[0]["fc2"], nnx.Linear)
     assert only.layers[0]["fc2"].linear.kernel[...] is model.layers[0]["fc2"].kernel[...]  # shared, and left alone
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.9])
+def test_teal_does_not_hide_what_is_not_a_number(sparsity):
+    layer = with_input_thresholds(Layers(), np.arange(30).reshape(6, 5), sparsity).layers[0]["fc1"]
+    x = np.ones((2, layer.linear.kernel.shape[0]), np.float32)
+    x[1, 0] = np.nan
+    out = layer(jnp.asarray(x))
+    assert np.isfinite(out[0]).all() and np.isnan(out[1]).all()
 
 
 def test_what_teal_refuses():

@@ -314,6 +314,18 @@ def test_served_by_eight_devices():
     assert done.stdout.strip() == "compiled 2 1", done.stderr
 
 
+def test_a_text_that_is_not_finite_does_not_outlive_its_row():
+    """Its keys and values are still in the slots behind the next text of the row, where nobody looks."""
+    model = make(OPT, OPT_SIZES)
+    embedding = model.embed_tokens.embedding
+    embedding[...] = embedding[...].at[36].set(jnp.nan)
+    model.logits = lambda hidden: hidden[..., :30]  # of which none is that of token 36
+    sound, lost = Request(prompt=[5, 6, 7], max_new_tokens=9), Request(prompt=[3] * 20 + [36] * 9, max_new_tokens=9)
+    alone, after = serve(model, [sound], **OPTIONS), serve(model, [lost, sound], **{**OPTIONS, "rows": 1})
+    assert after[0].tokens == [0] * 9  # what argmax makes of NaN
+    assert after[1].tokens == alone[0].tokens and len(set(alone[0].tokens)) > 2
+
+
 @pytest.mark.parametrize(
     ("request_", "options", "message"),
     [
@@ -333,6 +345,11 @@ def test_wrong_requests(opt, request_, options, message):
     good = {"prompt": [3], "max_new_tokens": 5}
     with pytest.raises(ValueError, match=message):
         serve(opt, [Request(**good), Request(**(good | request_))], **(OPTIONS | options))
+
+
+def test_numbers_that_are_no_tokens(opt, unchecked):
+    with pytest.raises(ValueError, match="token ids must be integers; request 0 holds float64"):
+        serve(opt, [Request(prompt=[3.7, 5.2], max_new_tokens=5)], rows=1, cache_length=9)  # pyright: ignore
 
 
 def test_models_whose_rows_cannot_be_refilled():

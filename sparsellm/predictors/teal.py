@@ -36,7 +36,8 @@ class ThresholdedLinear(nnx.Module):
         self.threshold = PredictorParam(jnp.float32(threshold))
 
     def __call__(self, x: Float[Array, "*tokens d_in"]) -> Float[Array, "*tokens d_out"]:
-        return self.linear(jnp.where(jnp.abs(x).astype(jnp.float32) > self.threshold[...], x, 0))  # pyright: ignore
+        """The product; NaN is not small, and stays."""
+        return self.linear(jnp.where(jnp.abs(x).astype(jnp.float32) <= self.threshold[...], 0, x))  # pyright: ignore
 
 
 def with_input_thresholds(

@@ -64,7 +64,7 @@ def calibrate(
     activations: Activations,
     *,
     recall: float | None = None,
-    neurons: float | Sequence[float] | None = None,
+    neurons: float | Sequence[float] | Float[np.ndarray, " layers"] | None = None,
     target: Target = Neurons(),  # noqa: B008 - frozen
 ) -> None:
     """Sets the threshold of every predictor, in place.
@@ -81,12 +81,16 @@ def calibrate(
     """
     if (recall is None) == (neurons is None):
         raise ValueError(f"either recall or neurons must be given; got recall={recall}, neurons={neurons}")
-    budgets = neurons if isinstance(neurons, Sequence) else [neurons] * len(predictors)
-    for (predictor, scores, fires), budget in zip(scored(predictors, activations, target), budgets, strict=True):
+    budgets = list(neurons) if isinstance(neurons, Sequence | np.ndarray) else [neurons] * len(predictors)
+    if len(budgets) != len(predictors):
+        raise ValueError(f"neurons must be one number, or one for each of {len(predictors)} layers; got {len(budgets)}")
+    thresholds = []
+    for (_, scores, fires), budget in zip(scored(predictors, activations, target), budgets, strict=True):
         if budget is not None:
-            threshold = threshold_for_neurons(scores, budget)
+            thresholds.append(threshold_for_neurons(scores, budget))
         else:
-            (threshold,) = thresholds_for_recalls(scores, fires, [recall or 0.0])
+            thresholds += thresholds_for_recalls(scores, fires, [recall or 0.0])
+    for predictor, threshold in zip(predictors, thresholds, strict=True):  # all of them, or none where one is wrong
         predictor.threshold[...] = jnp.float32(threshold)
 
 
