@@ -9,7 +9,10 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, cast
 
+import jax
+import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 from jax.sharding import Mesh
 
 from sparsellm import huggingface
@@ -107,7 +110,8 @@ def load[M: nnx.Module](
     parameters = {dotted(path): (path, variable) for path, variable in nnx.to_flat_state(abstract)}
     if native:
         wanted = {name: variable.get_value() for name, (_, variable) in parameters.items()}
-        arrays = load_checkpoint(folder, wanted)
+        exact = [name for name, (_, variable) in parameters.items() if isinstance(variable, CompressedArray)]
+        arrays = load_checkpoint(folder, wanted, exact=exact)
     else:
         dtypes = huggingface.DTYPES + (huggingface.INTEGERS if compressed else ())
         tensors = huggingface.open_tensors(folder, architecture.short_name, dtypes=dtypes)
@@ -117,11 +121,14 @@ def load[M: nnx.Module](
             for name, (path, variable) in parameters.items()
         }
         arrays = huggingface.load_tensors(folder, tensors, stored)
+    for name, (_, variable) in parameters.items():
+        if arrays[name].dtype != variable.get_value().dtype:  # of `_stored`
+            arrays[name] = lax.bitcast_convert_type(arrays[name], variable.get_value().dtype)
     state = nnx.from_flat_state(
         [(path, variable.replace(arrays[name])) for name, (path, variable) in parameters.items()]
     )
     model = nnx.merge(graphdef, state)
-    check_layers(model, folder)
+    check_layers(model, compressed, folder)
     return model
 
 
@@ -198,11 +205,15 @@ def _layouts(model: nnx.Module) -> dict[str, Any]:
 
 
 def _stored(architecture: Architecture, path: ParameterPath, variable: nnx.Variable, array: Any, found) -> Stored:
-    """How a parameter, or an array of a compressed layer, is stored in safetensors."""
+    """How a parameter, or an array of a compressed layer, is stored in safetensors.
+
+    float8 as the bytes that it is: the reader of safetensors for numpy knows no such dtype.
+    """
     if isinstance(variable, CompressedArray):
-        if array.dtype.name.startswith("float8"):  # the reader of safetensors for numpy knows none
-            raise ValueError(f"values of float8 are kept in native checkpoints only; got {dotted(path)}")
-        return Stored(array, dotted(path))
+        if array.dtype.name.startswith("float8"):
+            there = isinstance(array, jax.Array)
+            array = lax.bitcast_convert_type(array, jnp.uint8) if there else array.update(dtype=jnp.dtype("uint8"))
+        return Stored(array, dotted(path), exact=True)
     return architecture.stored(path, array, found)
 
 

@@ -9,7 +9,7 @@ import errno
 import json
 import logging
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -42,20 +42,21 @@ def save_checkpoint(folder: str | Path, config: Mapping[str, Any], state: Any, *
             ocp.save(str(temporary / STATE), state)
 
 
-def load_checkpoint(folder: str | Path, abstract_state: Any) -> Any:
+def load_checkpoint(folder: str | Path, abstract_state: Any, *, exact: Collection[str] = ()) -> Any:
     """Reads the arrays of a checkpoint straight into the dtypes and shardings asked for.
 
     Args:
         folder: what `save_checkpoint` wrote.
         abstract_state: the pytree to fill: arrays or `jax.ShapeDtypeStruct`s, on the default device where they name
             no sharding.
+        exact: paths of arrays, joined by dots, that must have been saved in the dtype asked for.
 
     Returns:
         The pytree with the checkpoint's values.
 
     Raises:
         FileNotFoundError: the folder is missing.
-        ValueError: it is no checkpoint, is damaged, or holds other arrays (all of them named) than asked for.
+        ValueError: it is no checkpoint, is damaged, or holds other arrays (all of them named) or dtypes than asked for.
     """
     state_folder = str(_checkpoint_folder(folder) / STATE)
     if not ocp.is_orbax_checkpoint(state_folder):
@@ -64,7 +65,12 @@ def load_checkpoint(folder: str | Path, abstract_state: Any) -> Any:
         metadata = ocp.metadata(state_folder).metadata
     if metadata is None:
         raise ValueError(f"the checkpoint {folder} is damaged or incomplete: its arrays cannot be listed")
-    check_tensors(folder, expected=_shapes(abstract_state), found=_shapes(metadata))
+    wanted, found = _leaves(abstract_state), _leaves(metadata)
+    check_tensors(folder, expected=_shapes(wanted), found=_shapes(found))
+    for name in exact:
+        if found[name].dtype != wanted[name].dtype:
+            got = f"{found[name].dtype}: it is damaged"
+            raise ValueError(f"{name} in {folder} must be of dtype {wanted[name].dtype}; got {got}")
 
     def place(leaf: Any) -> Any:
         if not hasattr(leaf, "dtype"):
@@ -75,8 +81,10 @@ def load_checkpoint(folder: str | Path, abstract_state: Any) -> Any:
     try:
         with quiet():
             return ocp.load(state_folder, jax.tree.map(place, abstract_state))
-    except (ValueError, OSError) as error:
-        raise ValueError(f"the checkpoint {folder} is damaged or incomplete: {error}") from error
+    except jax.errors.JaxRuntimeError:  # the device's
+        raise
+    except Exception as error:  # Orbax raises no class of its own for a file that cannot be read
+        raise ValueError(f"the checkpoint {folder} is damaged or incomplete: {str(error)[:500]}") from error
 
 
 def load_config(folder: str | Path) -> dict[str, Any]:
@@ -199,7 +207,11 @@ def _checkpoint_folder(folder: str | Path) -> Path:
     return Path(folder).absolute()
 
 
-def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+def _leaves(tree: Any) -> dict[str, Any]:
+    """By their paths."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    names = (jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves)
-    return {name: tuple(getattr(leaf, "shape", ())) for name, (_, leaf) in zip(names, leaves, strict=True)}
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+
+
+def _shapes(leaves: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(getattr(leaf, "shape", ())) for name, leaf in leaves.items()}

@@ -24,6 +24,8 @@ from sparsellm.stored import Stored, read_parameter
 INDEX = "model.safetensors.index.json"
 DTYPES = ("BF16", "F16", "F32")
 INTEGERS = ("I8", "U8", "I16", "U16", "I32", "U32")
+CODES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "int8": "I8", "uint8": "U8"}
+CODES |= {"int32": "I32", "uint32": "U32"}
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 TOKENIZER_FILES = (
     "vocab.json",
@@ -130,13 +132,19 @@ def load_tensors[K](
         wanted: shape, dtype and sharding of each parameter, and its tensors.
 
     Raises:
-        ValueError: tensors are missing, extra or misshapen; raised before anything is read.
+        ValueError: tensors are missing, extra, misshapen or, where that counts, of another dtype; raised before
+            anything is read.
     """
     check_tensors(
         folder,
         expected={part.name: part.shape for stored in wanted.values() for part in stored.parts()},
         found={name: tuple(tensor.get_shape()) for name, tensor in tensors.items()},
     )
+    for stored in wanted.values():
+        for part in stored.parts() if stored.exact else ():
+            dtype, found = CODES[stored.array.dtype.name], tensors[part.name].get_dtype()
+            if found != dtype:
+                raise ValueError(f"{part.name} in {folder} must be of dtype {dtype}; got {found}: it is damaged")
     return {key: read_parameter(stored, tensors) for key, stored in wanted.items()}
 
 

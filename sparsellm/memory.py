@@ -10,6 +10,8 @@ import jax
 import numpy as np
 from flax import nnx
 
+from pallas_kernels.unstructured_matmul import EXPAND_N, UnstructuredWeights
+
 GIB = 2**30
 
 
@@ -26,7 +28,7 @@ class Memory:
         slots: of the cache, for each row.
         parameters: the model's.
         cache: keys and values of all slots.
-        activations: about what the widest layer and the logits hold at once.
+        activations: about what the widest layer and the logits hold at once, and what is made dense for many tokens.
     """
 
     rows: int
@@ -84,17 +86,35 @@ def estimate(model: Any, *, rows: int, slots: int, tokens: int) -> Memory:
     parameters = sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in arrays)
     cache = jax.eval_shape(lambda: model.init_cache(rows, slots))
     vocab = model.config.vocab_size
-    params = jax.tree.leaves(nnx.state(model, nnx.Param))  # compressed weights have no width, but their biases do
-    widest = max((size for a in params for size in a.shape if size != vocab), default=1)
     itemsize = np.dtype(getattr(model.config, "dtype", "float32")).itemsize
+    compressed = _compressed(model)
+    sizes = {size for a in jax.tree.leaves(nnx.state(model, nnx.Param)) for size in a.shape}
+    sizes |= {size for layer in compressed.values() for size in (layer.in_features, layer.out_features)}
+    widest = max((size for size in sizes if size != vocab), default=1)
+    expanded = 0 if tokens <= EXPAND_N else _largest_dense(compressed) * itemsize
     return Memory(
         rows=rows,
         slots=slots,
         parameters=parameters,
         cache=sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache)) // devices,
         # Two of the feed-forward block's width are as much as attention's queries, keys, values and output.
-        activations=2 * tokens * widest * itemsize // devices + 2 * rows * vocab * 4,
+        activations=2 * tokens * widest * itemsize // devices + 2 * rows * vocab * 4 + expanded,
     )
+
+
+def _compressed(model: Any) -> dict[tuple[Any, ...], Any]:
+    """The compressed layers by their paths."""
+    is_compressed = lambda module: isinstance(getattr(module, "weights", None), UnstructuredWeights)  # noqa: E731
+    return {path: module for path, module in nnx.iter_modules(model) if is_compressed(module)}
+
+
+def _largest_dense(compressed: dict[tuple[Any, ...], Any]) -> int:
+    """The most elements that are made dense at once on a device: of a layer, or of a mixture's two stacks."""
+    sizes: dict[tuple[Any, ...], int] = {}
+    for path, layer in compressed.items():
+        together = path[:-1] if path[-1] in ("wi", "wo") else path
+        sizes[together] = sizes.get(together, 0) + math.prod(layer.shape)
+    return max(sizes.values(), default=0)
 
 
 def check_parameters(abstract: Any) -> None:

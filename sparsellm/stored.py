@@ -31,11 +31,13 @@ class Stored[A: (jax.Array, jax.ShapeDtypeStruct)]:
         names: the tensor's name; or rows of names, one row for each index of the parameter's first axis (an expert),
             where the tensors of a row lie side by side along its last axis, all equally wide.
         transposed: the tensors hold their last two axes the other way round.
+        exact: the tensors are of the array's dtype, or not what they should be; else they are cast.
     """
 
     array: A
     names: str | Sequence[Sequence[str]]
     transposed: bool = False
+    exact: bool = False
 
     def parts(self) -> Iterator["Part"]:
         """The tensors one by one.

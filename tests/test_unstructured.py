@@ -18,6 +18,7 @@ from flax import nnx
 
 from models import OPT, OPTConfig, load_mixtral
 from sparsellm.generation import generate
+from sparsellm.memory import estimate
 from sparsellm.mixture_of_experts import LinearRouter, MixtureOfExperts, RouterRule
 from sparsellm.pruning import METHODS, prune
 from sparsellm.unstructured import Treatment, UnstructuredLinear, apply_all, compress, compressed_layers
@@ -234,8 +235,20 @@ def test_a_mixtral_with_compressed_experts_comes_back(form, tmp_path):
     SAVE[form]["mixtral"](model, tmp_path / "a")
     loaded = load_mixtral(tmp_path / "a")
     np.testing.assert_array_equal(outputs(loaded), outputs(model))
-    with pytest.raises(ValueError, match="select must be found in the path of some kernel"):  # there is none any more
+    with pytest.raises(ValueError, match="is pruned before it is compressed; got layers.0"):
         prune(loaded, METHODS["magnitude"], sparsity=0.5)
+
+
+def test_memory_of_a_compressed_mixture_is_estimated():
+    """Without biases nothing else has its width; and for many tokens both stacks are made dense."""
+    sizes = dataclasses.replace(MIXTRAL_TINY, d_ff=256)
+    dense, model = (zero_some(make(sizes)) for _ in range(2))
+    compress(model, [("", Treatment(max_density=1.0))], experts=True)
+    few, many = ([estimate(m, rows=1, slots=8, tokens=t).activations for m in (dense, model)] for t in (64, 1024))
+    hidden, itemsize = 2 * 256, 4
+    stacks = sizes.experts * 3 * 256 * sizes.d_model
+    assert few[1] == few[0] + 2 * 64 * (sizes.experts - 1) * hidden * itemsize  # every expert takes every token
+    assert many[1] >= many[0] + stacks * itemsize
 
 
 def test_kernels_that_the_sparse_feed_forward_block_reads_are_refused():

@@ -146,7 +146,7 @@ def test_decoding_is_measured_dense_and_compressed(tmp_path, capsys):
 
 
 def test_a_random_model_is_never_dense_as_a_whole(monkeypatch):
-    config = OPTConfig(vocab_size=64, layers=1, d_model=32, heads=2, d_ff=32, max_length=64)
+    config = OPTConfig(vocab_size=64, layers=3, d_model=32, heads=2, d_ff=32, max_length=64)
     alive, convert = [], opt_decode_pruned.UnstructuredLinear.from_linear
 
     def counted(linear, paired):
@@ -157,14 +157,30 @@ def test_a_random_model_is_never_dense_as_a_whole(monkeypatch):
 
     before = sum(x.shape == (32, 32) for x in jax.live_arrays())
     monkeypatch.setattr(opt_decode_pruned.UnstructuredLinear, "from_linear", counted)
-    model = opt_decode_pruned.random_opt(config, 0.7, jax.random.key(0), paired=True)
+    model, kernels = opt_decode_pruned.random_opt(config, 0.7, jax.random.key(0), paired=True)
     layers = dict(compressed_layers(model))
     assert all(layer.paired for layer in layers.values())
-    assert len(layers) == len(alive) == 6 and max(alive) <= before + 1
+    assert len(layers) == len(alive) == 18 and max(alive) <= before + 1 + len(kernels)
+    assert set(kernels) == set(opt_decode_pruned.LINEARS)  # of the middle block, for the check
+    for name, kernel in kernels.items():
+        np.testing.assert_array_equal(layers[f"layers.1.{name}"].to_dense(), kernel)
     share = [np.mean(np.asarray(layer.weights.to_dense()) == 0) for layer in layers.values()]
     assert np.mean(share) == pytest.approx(0.7, abs=0.02)
-    dense = opt_decode_pruned.random_opt(config, 0.0, jax.random.key(0))
-    assert not list(compressed_layers(dense)) and (np.asarray(dense.layers[0].fc1.kernel[...]) != 0).all()
+    dense, kernels = opt_decode_pruned.random_opt(config, 0.0, jax.random.key(0))
+    assert not kernels and not list(compressed_layers(dense))
+    assert (np.asarray(dense.layers[0].fc1.kernel[...]) != 0).all()
+
+
+@pytest.mark.parametrize("name", ["self_attn.k_proj", "fc2"])
+def test_weights_that_were_lost_on_the_way_are_found(name):
+    """Also where what is compressed is sound in itself, and in each batch that is timed."""
+    config = dataclasses.replace(DECODE, batches=(2, 17))
+    model, kernels = opt_decode_pruned.random_opt(opt.config_of("tiny", "float32"), 0.7, jax.random.key(0))
+    assert set(opt_decode_pruned.check_block(model, kernels, config)) == {2, 17}
+    values = opt_decode_pruned._linears(model.layers[len(model.layers) // 2])[name].parts.values
+    values.set_value(jnp.full_like(values[...], 0.07))
+    with pytest.raises(RuntimeError, match="must have an error of 1e-05 at most; got .* for 2 tokens"):
+        opt_decode_pruned.check_block(model, kernels, config)
 
 
 def test_a_pruned_model_is_measured_as_it_is_and_compressed(pruned, monkeypatch):
@@ -192,12 +208,12 @@ def test_what_does_not_fit_is_said_and_not_made(monkeypatch, capsys):
 
 
 def test_the_largest_batch_is_reckoned_from_bytes(monkeypatch):
-    model = opt_decode_pruned.random_opt(opt.config_of("tiny", "float32"), 0.0, jax.random.key(0))
+    model, _ = opt_decode_pruned.random_opt(opt.config_of("tiny", "float32"), 0.0, jax.random.key(0))
     monkeypatch.setattr(opt, "time_decode", lambda *arguments, **options: (1.0, None))
     rows = []
     for batch in (2, 4):
         monkeypatch.setattr(opt_decode_pruned.memory, "capacity", lambda: 2**28)
-        rows.append(opt_decode_pruned._measure(DECODE, model, {"model": "m", "variant": "dense"}, batch))
+        rows.append(opt_decode_pruned._measure(DECODE, model, {"model": "m", "variant": "dense"}, batch, {}))
     per_row = 2 * 20 * 32 * 4  # keys and values of 20 slots of 32 float32
     parameters = sum(x.nbytes for x in jax.tree.leaves(nnx.state(model)))
     for row in rows:

@@ -180,6 +180,23 @@ def test_corrupted_weights_are_refused_by_name(compressed, in_pairs, name, paire
         dataclasses.replace(weights, **{name: corrupt(getattr(weights, name))}).check()
 
 
+@pytest.mark.parametrize("by", [-150, -7])
+def test_rows_and_lags_that_agree_and_are_not_the_last_stream_s_are_refused(compressed, by):
+    """The kernel copies from a section's row on, and waits for as many rows as its lags say."""
+    weights = compressed["tenth"]
+    rows, lags = weights.rows.at[1].add(by), weights.lags.at[1].add(jnp.asarray(-by, jnp.uint8))
+    with pytest.raises(ValueError, match="rows must be those of the stream furthest back"):
+        dataclasses.replace(weights, rows=rows, lags=lags).check()
+
+
+def test_tiny_weights_have_a_scale():
+    """2^-120 over 448 is no normal float32."""
+    w = jnp.full((2, 4), 2.0**-120, jnp.bfloat16)
+    for value_dtype in ("int8", "float8_e4m3fn"):
+        dense = UnstructuredWeights.from_dense(w, value_dtype).to_dense()
+        np.testing.assert_allclose(np.asarray(dense, np.float64), 2.0**-120, rtol=0.1)
+
+
 def test_bits_behind_the_last_block_are_refused():
     """Of pairs an odd number of blocks leaves half a word, in which the kernel would believe a bit."""
     weights = UnstructuredWeights.from_dense(jnp.asarray(matrix("half", (64, 192))), paired=True)

@@ -6,12 +6,12 @@ by side. Work: 2 * out * in * n FLOPs, as if dense, on the tensor core. Nothing 
 equal bits. `unstructured_matmuls` multiplies several matrices of one shape by one x in one launch.
 
 On an H200, weights read from memory, of 28672 x 7168 times as quick as the dense product that XLA chooses: for 16
-tokens 1.5 at 50% zeros, 1.6 at 70% and 1.9 at 80%; for 32, 1.2, 1.4 and 1.5.
+tokens 1.5 at 50% zeros, 1.7 at 70% and 2.1 at 80%; for 32, 1.4, 1.6 and 1.8.
 
 At 80%, and at 70% for 32 tokens, those are `paired=True` of `UnstructuredWeights.from_dense`: elements stored two by
 two, half as many places for the kernel to find and 1.5 times the bytes.
 
-Values of 8 bits save memory and no time: the kernel reads them in 16, to which XLA widens them before.
+Values of 8 bits save memory and cost time: the kernel reads them in 16, to which XLA widens them before every product.
 
 Sources: Flash-LLM (VLDB'24), section 3; SpInfer (EuroSys'25).
 """

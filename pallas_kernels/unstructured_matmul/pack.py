@@ -117,10 +117,11 @@ def gather_values(w, masks, starts, scales, rows: int, value_dtype: np.dtype, pa
 
 
 def scales_of(w: jax.Array, value_dtype: np.dtype) -> jax.Array:
-    """Of each row: what the largest 8-bit value stands for; 1 where all is zero."""
+    """Of each row: what an 8-bit value of 1 stands for; 1 where all is zero."""
     finite = jnp.isfinite(w)
     largest = jnp.abs(jnp.where(finite, w, 0).astype(jnp.float32)).max(axis=1, initial=0)
-    scales = jnp.where(largest == 0, 1, largest / _largest(value_dtype))
+    smallest = jnp.finfo(jnp.float32).tiny  # a scale below is flushed to zero, and what is divided by it is infinite
+    scales = jnp.where(largest == 0, 1, jnp.maximum(largest / _largest(value_dtype), smallest))
     # float8 has a NaN of its own, and so keeps the other values of a row that has one.
     return scales if value_dtype != jnp.int8 else jnp.where(finite.all(axis=1), scales, jnp.nan)
 

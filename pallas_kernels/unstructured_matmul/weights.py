@@ -75,7 +75,8 @@ class UnstructuredWeights:
         Args:
             w: bfloat16, float16 or float32.
             value_dtype: "int8" or "float8_e4m3fn" stores values in 8 bits with a scale for each row, the nearest that
-                there are; an int8 row with a NaN or an infinity is NaN. None keeps them as they are.
+                there are; an int8 row with a NaN or an infinity is NaN, float8 makes an infinity NaN. None keeps them
+                as they are.
             paired: whether elements are stored two by two: more bytes, and fewer instructions for the Mosaic kernel.
 
         Raises:
@@ -201,8 +202,11 @@ def _check_arrays(weights: UnstructuredWeights) -> None:
     strips, blocks = weights.strips, weights.blocks
     n_sections = strips * layout.sections(blocks) + 1
     value_dtypes = (weights.dtype,) if weights.scales is None else tuple(map(jnp.dtype, VALUE_DTYPES))
+    for name in ("values", "masks", "rows", "lags"):
+        if getattr(weights, name) is None:
+            raise ValueError(f"{name} must be there; got None")
     expected = {
-        "values": ((weights.values.shape[0], layout.STREAMS), value_dtypes),
+        "values": ((*weights.values.shape[:1], layout.STREAMS), value_dtypes),
         "masks": ((strips, layout.mask_blocks(blocks, weights.paired), layout.LANES), (jnp.dtype("uint32"),)),
         "rows": ((n_sections,), (jnp.dtype("int32"),)),
         "lags": ((n_sections, layout.STREAMS), (jnp.dtype("uint8"),)),
@@ -235,6 +239,7 @@ def _soundness(weights: UnstructuredWeights) -> dict[str, jax.Array]:
         "rows must start at 0 and end within values": (weights.rows[0] == 0)
         & (weights.rows[-1] < weights.values.shape[0]),
         "rows and lags must say where the sections of masks start": (firsts[1:] == ends).all(),
+        "rows must be those of the stream furthest back": (weights.lags.min(axis=1) == 0).all(),
         f"lags must be {layout.MAX_LAG} at most in every block": (behind <= layout.MAX_LAG).all(),
         "lags must be 0 where a run starts": (weights.lags[::by_run] == 0).all(),
         "masks must be 0 behind a strip's last block": (

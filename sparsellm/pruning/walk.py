@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import json
 import os
+import re
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -27,6 +28,7 @@ from sparsellm.checksum import checksum
 from sparsellm.pruning.calibrate import add, check_layout, find_kernels, sum_inputs
 from sparsellm.pruning.method import Inputs, Method, Needs, check_sparsity, reconstruction_error
 from sparsellm.pruning.patterns import NM, Pattern, Unstructured
+from sparsellm.unstructured.linear import UnstructuredLinear
 
 type Row = dict[str, Any]
 
@@ -248,6 +250,10 @@ def _sparsities(model, method, pattern, sparsity, windows, errors, select) -> di
     """The sparsity of each kernel to prune, by its path; raises ValueError for what cannot be."""
     method.check(pattern)
     check_layout(model)
+    for path, module in nnx.iter_modules(model):
+        name = ".".join(map(str, path))
+        if isinstance(module, UnstructuredLinear) and re.search(select, f"{name}.kernel"):
+            raise ValueError(f"a model is pruned before it is compressed; got {name}, which is compressed")
     if windows is None and (errors or method.needs != "nothing"):
         raise ValueError(f"windows must be given: errors={errors}, and the method needs {method.needs} of the inputs")
     kernels = {name: kernel for block in walk(model, select=select) for name, kernel in block.kernels.items()}

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from pallas_kernels.unstructured_matmul import UnstructuredWeights
+from sparsellm.checksum import checksum
 from sparsellm.unstructured.linear import PARTS, UnstructuredLinear
 from sparsellm.unstructured.rules import Row, linears, mixtures, replace, stack_shapes
 
@@ -26,10 +27,11 @@ def layouts(model: nnx.Module) -> dict[str, Row]:
         arrays = {key: [part.dtype.name, list(part.shape)] for key, part in layer.named_parts().items()}
         found[name] = {"shape": list(layer.weights.shape), "dtype": layer.dtype.name, "arrays": arrays}
         found[name] |= {"paired": True} if layer.paired else {}
+        found[name]["checksum"] = checksum(layer.named_parts())
     return found
 
 
-def with_layouts[M: nnx.Module](model: M, found: dict[str, Row], where: Any) -> M:
+def with_layouts[M: nnx.Module](model: M, found: Any, where: Any) -> M:
     """Puts an empty compressed layer, to be filled, in place of each linear layer that `layouts` has described.
 
     Args:
@@ -40,6 +42,8 @@ def with_layouts[M: nnx.Module](model: M, found: dict[str, Row], where: Any) -> 
     Raises:
         ValueError: they are not those of this model, or damaged.
     """
+    if not isinstance(found, dict):
+        raise ValueError(f"layouts of compressed layers in {where} must be an object by layer; got {found!r}")
     known: dict[str, tuple[tuple[int, int], Any, Any]] = {  # shape [out, in], dtype, bias
         name: ((linear.out_features, linear.in_features), linear.dtype, linear.bias) for name, linear in linears(model)
     }
@@ -75,16 +79,22 @@ def _empty_weights(layout: Any, what: str) -> UnstructuredWeights:
         raise ValueError(f"the {what} is damaged: {error!r}") from error
 
 
-def check_layers(model: nnx.Module, where: Any) -> None:
+def check_layers(model: nnx.Module, found: dict[str, Row], where: Any) -> None:
     """Raises ValueError unless counts, offsets and sizes of every compressed layer fit: no kernel looks at that.
+
+    And unless its arrays are those that were saved, where the layout has their checksum.
 
     Args:
         model: its arrays are read.
+        found: what `layouts` said of it.
         where: it came from, for the message.
     """
     for name, layer in compressed_layers(model):
         try:
             layer.weights.check()
+            written = found.get(name, {}).get("checksum")
+            if written is not None and written != (read := checksum(layer.named_parts())):
+                raise ValueError(f"its arrays have the checksum {read}; got {written} beside them")
         except ValueError as error:
             raise ValueError(f"compressed layer {name} in {where} is damaged: {error}") from error
 

@@ -17,8 +17,11 @@ from sparsellm.mixture_of_experts import MixtureOfExperts
 from sparsellm.pruning.calibrate import check_layout
 from sparsellm.unstructured.linear import UnstructuredLinear
 
-# The share of non-zeros from which on dense products are taken to be as quick: experiments/unstructured_spmm.py.
+# The share of non-zeros from which on dense products are taken to be as quick: a guess. At 0.5 large matrices are still
+# 1.3 to 1.6 times as quick (experiments/unstructured_spmm.py); above nothing is timed, and the format has 1.5x at 0.6.
 BREAK_EVEN = 0.6
+# Values of 8 bits are widened to 16 in memory before each product: by bytes, 5 a value and 1/8 an element for dense 2.
+BREAK_EVEN_8_BITS = 0.35
 # The share of non-zeros below which pairs are quicker: between those timed, pallas_kernels/unstructured_matmul.
 PAIRED_BELOW = 0.25
 
@@ -36,23 +39,29 @@ class Treatment:
     """What becomes of a linear layer.
 
     Attributes:
-        max_density: it stays dense where the share of its weights that are not zero is above this.
-        value_dtype: "int8" or "float8_e4m3fn" rounds what is left to 8 bits, with a scale for each output; None does
-            not round.
+        max_density: it stays dense where the share of its weights that are not zero is above this; None for
+            `BREAK_EVEN`, or `BREAK_EVEN_8_BITS`.
+        value_dtype: "int8" or "float8_e4m3fn" rounds what is left to 8 bits, with a scale for each output: half of the
+            memory, and more time, as a product widens them first. None does not round.
         paired: whether they are stored two by two (`UnstructuredWeights`): more bytes, fewer instructions. None stores
             those so of which a share below `PAIRED_BELOW` is not zero, as the kernel is quicker, but none of 8 bits,
             which are there to take less memory.
     """
 
-    max_density: float = BREAK_EVEN
+    max_density: float | None = None
     value_dtype: str | None = None
     paired: bool | None = None
 
     def __post_init__(self):
         if self.value_dtype not in (None, *VALUE_DTYPES):
             raise ValueError(f"value_dtype must be None or one of {', '.join(VALUE_DTYPES)}; got {self.value_dtype!r}")
-        if not 0 <= self.max_density <= 1:
+        if not (self.max_density is None or 0 <= self.max_density <= 1):
             raise ValueError(f"max_density must be 0 to 1; got max_density={self.max_density}")
+
+    def compresses(self, density: float) -> bool:
+        """Whether a layer of this density is compressed."""
+        even = BREAK_EVEN if self.value_dtype is None else BREAK_EVEN_8_BITS
+        return density <= (even if self.max_density is None else self.max_density)
 
     def pairs(self, density: float) -> bool:
         """Whether weights of this density are stored in pairs."""
@@ -113,7 +122,7 @@ def compress[M: nnx.Module](
         dense_bytes = sum(kernel.nbytes for kernel in kernels)
         del kernels
         row = {"layer": name, "density": density, "bytes": dense_bytes, "dense_bytes": dense_bytes}
-        if density <= treatment.max_density:
+        if treatment.compresses(density):
             row["bytes"] = _compress_one(model, name, treatment.value_dtype, treatment.pairs(density))
         if report:
             report(row)
