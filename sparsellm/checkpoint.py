@@ -61,8 +61,11 @@ def load_checkpoint(folder: str | Path, abstract_state: Any, *, exact: Collectio
     state_folder = str(_checkpoint_folder(folder) / STATE)
     if not ocp.is_orbax_checkpoint(state_folder):
         raise ValueError(f"a checkpoint must hold {CONFIG} and {STATE}/ as save_checkpoint writes them; got {folder}")
-    with quiet():
-        metadata = ocp.metadata(state_folder).metadata
+    try:
+        with quiet():
+            metadata = ocp.metadata(state_folder).metadata
+    except Exception as error:  # as below
+        raise ValueError(f"the checkpoint {folder} is damaged or incomplete: {str(error)[:500]}") from error
     if metadata is None:
         raise ValueError(f"the checkpoint {folder} is damaged or incomplete: its arrays cannot be listed")
     wanted, found = _leaves(abstract_state), _leaves(metadata)
