@@ -121,6 +121,9 @@ def measure_model(config: Config, model: str, sparsity: float | None) -> list[Ro
     if sparsity is None:
         loaded = opt.make_model(model, config.dtype, source=model)[0]
         opt.check_length(config, model, loaded.config)
+        if any(compressed_layers(loaded)):
+            message = "source must be a pruned model that is not compressed, to be timed dense too; got "
+            raise ValueError(message + model)
         named: Row = {"model": model.rstrip("/").rpartition("/")[2], "weights": "pruned"}
         rows = [_measure(config, loaded, named | {"variant": "dense"}, batch, {}) for batch in config.batches]
         found: list[Row] = []

@@ -61,11 +61,8 @@ def load_checkpoint(folder: str | Path, abstract_state: Any, *, exact: Collectio
     state_folder = str(_checkpoint_folder(folder) / STATE)
     if not ocp.is_orbax_checkpoint(state_folder):
         raise ValueError(f"a checkpoint must hold {CONFIG} and {STATE}/ as save_checkpoint writes them; got {folder}")
-    try:
-        with quiet():
-            metadata = ocp.metadata(state_folder).metadata
-    except Exception as error:  # as below
-        raise ValueError(f"the checkpoint {folder} is damaged or incomplete: {str(error)[:500]}") from error
+    with _naming_damage(folder):
+        metadata = ocp.metadata(state_folder).metadata
     if metadata is None:
         raise ValueError(f"the checkpoint {folder} is damaged or incomplete: its arrays cannot be listed")
     wanted, found = _leaves(abstract_state), _leaves(metadata)
@@ -81,12 +78,19 @@ def load_checkpoint(folder: str | Path, abstract_state: Any, *, exact: Collectio
         sharding = getattr(leaf, "sharding", None) or SingleDeviceSharding(jax.devices()[0])
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
+    with _naming_damage(folder):
+        return ocp.load(state_folder, jax.tree.map(place, abstract_state))
+
+
+@contextlib.contextmanager
+def _naming_damage(folder: str | Path) -> Iterator[None]:
+    """Makes a ValueError of what Orbax raises for a file that it cannot read: no class of its own."""
     try:
         with quiet():
-            return ocp.load(state_folder, jax.tree.map(place, abstract_state))
-    except jax.errors.JaxRuntimeError:  # the device's
+            yield
+    except (jax.errors.JaxRuntimeError, MemoryError):  # the device's, the host's
         raise
-    except Exception as error:  # Orbax raises no class of its own for a file that cannot be read
+    except Exception as error:
         raise ValueError(f"the checkpoint {folder} is damaged or incomplete: {str(error)[:500]}") from error
 
 

@@ -142,8 +142,8 @@ def load_tensors[K](
     )
     for stored in wanted.values():
         for part in stored.parts() if stored.exact else ():
-            dtype, found = CODES[stored.array.dtype.name], tensors[part.name].get_dtype()
-            if found != dtype:
+            dtype, found = stored.array.dtype.name, tensors[part.name].get_dtype()
+            if found != CODES.get(dtype):
                 raise ValueError(f"{part.name} in {folder} must be of dtype {dtype}; got {found}: it is damaged")
     return {key: read_parameter(stored, tensors) for key, stored in wanted.items()}
 

@@ -15,8 +15,8 @@ from flax import nnx
 from experiments import opt, opt_decode_pruned, opt_peers, peers, unstructured_spmm
 from experiments.__main__ import main
 from experiments.runs import Run
-from models import OPT, OPTConfig, save_opt
-from sparsellm.unstructured import compressed_layers
+from models import OPT, OPTConfig, load_opt, save_opt
+from sparsellm.unstructured import compress, compressed_layers
 
 SPMM = unstructured_spmm.Config.smoke()
 DECODE = opt_decode_pruned.Config.smoke()
@@ -191,6 +191,12 @@ def test_a_pruned_model_is_measured_as_it_is_and_compressed(pruned, monkeypatch)
     assert [row["variant"] for row in (dense, sparse, paired)] == ["dense", "unstructured", "paired"]
     assert sparse["sparsity"] == pytest.approx(0.7, abs=0.05) and sparse["error"] < 1e-5
     assert dense["model"] == sparse["model"] == "pruned" and dense["weights"] == "pruned"
+
+
+def test_a_source_that_is_compressed_already_is_refused(pruned, tmp_path):
+    save_opt(compress(load_opt(pruned)), tmp_path / "a")
+    with pytest.raises(ValueError, match="source must be a pruned model that is not compressed, .*; got .*/a"):
+        opt_decode_pruned.measure_model(DECODE, str(tmp_path / "a"), None)
 
 
 def test_what_does_not_fit_is_said_and_not_made(monkeypatch, capsys):

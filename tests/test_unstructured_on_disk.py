@@ -174,7 +174,10 @@ def test_arrays_of_another_dtype_are_not_cast(saved, tmp_path, compressed):
     tensors, name = load_file(saved / "model.safetensors"), "model.decoder.layers.1.fc2.parts.lags"
     tensors[name] = tensors[name].astype(np.int32) + 256
     save_file(tensors, saved / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"layers.1.fc2.parts.lags in .* must be of dtype U8; got I32"):
+    with pytest.raises(ValueError, match=r"layers.1.fc2.parts.lags in .* must be of dtype uint8; got I32"):
+        load_opt(saved)
+    edit_layout(saved, lambda layout: layout["arrays"]["lags"].__setitem__(0, "int16"))  # which no array of one has
+    with pytest.raises(ValueError, match=r"layers.1.fc2.parts.lags in .* must be of dtype int16; got I32"):
         load_opt(saved)
     save_opt(compressed, tmp_path / "native")
     edit_layout(tmp_path / "native", lambda layout: layout["arrays"]["rows"].__setitem__(0, "int16"))
