@@ -23,6 +23,7 @@ from sparsellm.stored import Stored
 from sparsellm.unstructured import CompressedArray, check_layers, layouts, with_layouts
 
 COMPRESSED = "unstructured"  # what config.json calls the layouts of compressed layers
+DENSE_ONLY = ("sparse_rows", "neuron_major")  # choices of how dense layers run
 SAVED = nnx.Any(nnx.Param, CompressedArray)
 TENSOR_NAMES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
 
@@ -91,7 +92,8 @@ def load[M: nnx.Module](
     Raises:
         FileNotFoundError: there is no such folder, or files are missing from it.
         ValueError: another architecture, pickles only, a damaged file, tensors that do not fit (all named), an unknown
-            dtype, or another one than a compressed model's; a mesh for one; or more than the devices have room for.
+            dtype, or another one than a compressed model's; a mesh or dense layers' choices for one; or more than the
+            devices have room for.
     """
     folder = huggingface.find_folder(path_or_hub_id, revision=revision)
     native = is_checkpoint(folder)
@@ -99,6 +101,8 @@ def load[M: nnx.Module](
     compressed = described.pop(COMPRESSED, {})
     if compressed and mesh is not None:
         raise ValueError(f"a compressed model is loaded onto one device; got {folder}, which is one, and a mesh")
+    if compressed and (chosen := [name for name in DENSE_ONLY if choices.get(name)]):
+        raise ValueError(f"{chosen[0]} is for dense layers; those of {folder} are compressed: leave it out")
     fields = _native_fields(architecture, folder, described) if native else architecture.read_config(described)
     param_dtype = param_dtype or dtype or fields["param_dtype"]
     config = architecture.config(**(fields | {"dtype": dtype or param_dtype, "param_dtype": param_dtype} | choices))

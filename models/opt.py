@@ -262,17 +262,16 @@ def with_predictors(
         zip(predicted.layers, predictors, head_predictors, strict=True)
     ):
         if prediction == "lists" and predictor is not None:
-            _check_dense(layer, f"layers.{i}")
+            _check_dense(layer, f"layers.{i}", 'prediction "lists" takes dense layers (of others, "mask" simulates it)')
         layer.predictor, layer.prediction, layer.per_sequence = nnx.data(predictor), prediction, per_sequence
         layer.self_attn.predictor, layer.self_attn.prediction = nnx.data(head_predictor), prediction
     return predicted
 
 
-def _check_dense(layer: DecoderLayer, name: str) -> None:
-    """Raises ValueError where the rows of fc1 and fc2 that are listed cannot be read alone."""
+def _check_dense(layer: DecoderLayer, name: str, rule: str) -> None:
+    """Raises ValueError, with this rule, where fc1 or fc2 is compressed or wrapped."""
     for part, module in (("fc1", layer.fc1), ("fc2", layer.fc2)):
         if not isinstance(module, nnx.Linear | NeuronMajorLinear):
-            rule = 'prediction "lists" takes dense layers (of others, "mask" simulates it)'
             raise ValueError(f"{rule}; {name}.{part} is a {type(module).__name__}")
 
 
@@ -292,10 +291,16 @@ def _fitting(
 
 
 def with_sparse_rows(model: OPT, sparse_rows: int | None | Sequence[int | None]) -> OPT:
-    """The same parameters, shared, under another `OPTConfig.sparse_rows`."""
+    """The same parameters, shared, under another `OPTConfig.sparse_rows`.
+
+    Raises:
+        ValueError: a layer that is to run so is compressed or wrapped.
+    """
     changed = nnx.merge(*nnx.split(model))
     changed.config = dataclasses.replace(model.config, sparse_rows=sparse_rows)
     for i, layer in enumerate(changed.layers):
+        if changed.config.rows(i) is not None:
+            _check_dense(layer, f"layers.{i}", "sparse_rows takes dense layers")
         layer.config, layer.sparse_rows = changed.config, changed.config.rows(i)
     return changed
 

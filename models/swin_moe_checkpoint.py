@@ -21,7 +21,7 @@ from models.checkpoint import dotted
 from models.swin_moe import SwinMoE, SwinMoEConfig, relative_coordinates
 from sparsellm.checkpoint import check_tensors, is_checkpoint, load_checkpoint, load_config, save_checkpoint
 from sparsellm.sharding import abstract_model
-from sparsellm.torch_zip import TorchTensor, open_torch_zip
+from sparsellm.torch_zip import TorchTensor, open_state_dict
 
 MODEL_TYPE = "swin_moe"
 _PART = re.compile(r"\.(rank\d+|master|global)$")
@@ -144,21 +144,12 @@ def _open(path: str | Path | Iterable[str | Path]) -> _Files:
     stems = sorted({_PART.sub("", str(file)) for file in paths})
     if len(stems) > 1:
         raise ValueError(f"the files must be of one model; got {', '.join(stems)}")
-    states = {(part[1] if (part := _PART.search(file.name)) else "global"): _state(file) for file in paths}
+    states = {(part[1] if (part := _PART.search(file.name)) else "global"): open_state_dict(file) for file in paths}
     ranks = {int(part[4:]): state for part, state in sorted(states.items()) if part.startswith("rank")}
     shared = states.get("global") or states.get("master") or next(iter(ranks.values()))
     if PATCHES not in shared:
         raise FileNotFoundError(f"what all ranks share is missing: {stems[0]}.master (it holds {PATCHES})")
     return _Files(stems[0], shared, {rank: ranks[rank] for rank in sorted(ranks)} or {0: shared})
-
-
-def _state(file: Path) -> State:
-    """The tensors of one file."""
-    saved = open_torch_zip(file)
-    state = saved.get("model", saved) if isinstance(saved, dict) else None
-    if not isinstance(state, dict) or not all(isinstance(tensor, TorchTensor) for tensor in state.values()):
-        raise ValueError(f"{file} must hold tensors by name, maybe under 'model'")
-    return state
 
 
 def _infer_fields(files: _Files) -> dict[str, Any]:
@@ -234,23 +225,23 @@ def _merged_shape(files: _Files, name: str, shape: tuple[int, ...]) -> tuple[int
 def _merge(files: _Files, name: str, shape: tuple[int, ...]) -> np.ndarray:
     """A tensor of the original: every rank's experts or slices of them in the order of ranks, or what all share."""
     if EXPERTS not in name:
-        return files.shared[name].read()
-    return np.concatenate([state[name].read() for state in files.ranks.values()]).reshape(shape)
+        return files.shared[name][...]
+    return np.concatenate([state[name][...] for state in files.ranks.values()]).reshape(shape)
 
 
 def _check_values(files: _Files, config: SwinMoEConfig) -> None:
     """Raises ValueError where values say that it is another model, or that ranks do not belong together."""
     for state in (files.shared, *files.ranks.values()):
         for name, tensor in state.items():
-            if name.endswith(OUTPUT_BIAS) and tensor.read().any():
+            if name.endswith(OUTPUT_BIAS) and tensor[...].any():
                 raise ValueError(f"{name} of {files.stem} must be zero, as in every published Swin-MoE; it is not")
             if EXPERTS in name or name.endswith(BUFFERS) or state is files.shared or name not in files.shared:
                 continue
-            if not np.array_equal(tensor.read(), files.shared[name].read()):
+            if not np.array_equal(tensor[...], files.shared[name][...]):
                 raise ValueError(f"{name} must be the same in every file of {files.stem}; it differs")
     for stage in range(len(config.depths)):
         name = f"layers.{stage}.blocks.0.{TABLE}"
-        table, ours = files.shared[name].read().reshape(-1, 2), relative_coordinates(config.stage_window(stage))
+        table, ours = files.shared[name][...].reshape(-1, 2), relative_coordinates(config.stage_window(stage))
         if table.shape != ours.shape or not np.allclose(table, ours, atol=1e-5):
             rule = f"must be that of windows of {config.stage_window(stage)} tokens, trained at that size"
             raise ValueError(f"{name} of {files.stem} {rule}; it differs (another pretrained_window_size?)")

@@ -1,15 +1,16 @@
-"""Hugging Face model folders: config.json, and safetensors in one file or in shards with an index.
+"""Hugging Face model folders: config.json, and tensors in one file or in shards with an index.
 
-Read and written by the `safetensors` library: it maps files into memory, hands out one tensor (or the slice of it that
-a device needs) at a time, knows bfloat16, and checks headers against file sizes. Orbax reads the layout too, but casts
-and assembles on the host and cannot write it. Pickles are never opened.
+Safetensors are read and written by the `safetensors` library: it maps files into memory, hands out one tensor (or the
+slice of it that a device needs) at a time, knows bfloat16, and checks headers against file sizes. Orbax reads the
+layout too, but casts and assembles on the host and cannot write it. Where a folder has only pytorch_model.bin, as many
+on the hub do, `torch_zip` reads the tensors out of it; no pickle is ever run.
 """
 
 import json
 import math
 import re
 import shutil
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from sparsellm.checkpoint import CONFIG, check_tensors, load_config, restore_interrupted, whole_folder
-from sparsellm.stored import Stored, read_parameter
+from sparsellm.stored import Stored, dtype_code, read_parameter
+from sparsellm.torch_zip import open_state_dict
 
 INDEX = "model.safetensors.index.json"
+INDICES = {INDEX: ".safetensors", "pytorch_model.bin.index.json": ".bin"}  # the first that a folder has counts
+SINGLE = ("*.safetensors", "pytorch_model.bin")
 DTYPES = ("BF16", "F16", "F32")
 INTEGERS = ("I8", "U8", "I16", "U16", "I32", "U32")
-CODES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "int8": "I8", "uint8": "U8"}
-CODES |= {"int32": "I32", "uint32": "U32"}
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 TOKENIZER_FILES = (
     "vocab.json",
@@ -38,37 +40,45 @@ TOKENIZER_FILES = (
 
 
 def find_folder(path_or_hub_id: str | Path, *, revision: str | None = None) -> Path:
-    """A local folder as it is, or a hub repository's safetensors, JSON and text files, downloaded and cached.
+    """A local folder as it is, or a hub repository's tensors, JSON and text files, downloaded and cached.
+
+    Of a repository that has both, safetensors and not pytorch_model.bin.
 
     Args:
-        path_or_hub_id: a folder, or "owner/name".
-        revision: branch, tag or commit on the hub ("refs/pr/3" where the safetensors are in a pull request).
+        path_or_hub_id: a folder, "owner/name", or "owner/name@revision".
+        revision: branch, tag or commit on the hub, or a pull request ("refs/pr/3").
 
     Raises:
         FileNotFoundError: there is no such folder, or the hub has no such repository or cannot be reached.
         ModuleNotFoundError: a hub id without huggingface_hub installed.
-        ValueError: a file instead of a folder.
+        ValueError: a file instead of a folder, or two revisions.
     """
     path = Path(path_or_hub_id).expanduser()
     restore_interrupted(path)
     if path.is_file():
         raise ValueError(f"give the folder that holds config.json and *.safetensors, not a file; got {path}")
-    if path.is_dir() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path_or_hub_id)):
+    hub_id = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", str(path_or_hub_id))
+    if path.is_dir() or hub_id is None:
         if not path.is_dir():
             raise FileNotFoundError(f"no folder {path}, and it is no hub id (owner/name) either")
         return path
+    if revision is not None and hub_id[2] is not None:
+        raise ValueError(f"give one revision; got {path_or_hub_id} and {revision}")
     try:
         import huggingface_hub
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             f"no folder {path} here; to get it from the Hugging Face hub: pip install huggingface-hub"
         ) from error
-    try:
+
+    def download(*patterns: str) -> Path:
         return Path(
-            huggingface_hub.snapshot_download(
-                str(path_or_hub_id), revision=revision, allow_patterns=["*.safetensors", "*.json", "*.txt"]
-            )
+            huggingface_hub.snapshot_download(hub_id[1], revision=revision or hub_id[2], allow_patterns=[*patterns])
         )
+
+    try:
+        folder = download("*.safetensors", "*.json", "*.txt")
+        return folder if any(folder.glob("*.safetensors")) else download("pytorch_model*.bin", "*.json", "*.txt")
     except OSError as error:  # every network and repository error of huggingface_hub is one
         raise FileNotFoundError(
             f"no folder {path} here, and the Hugging Face hub gave no {path_or_hub_id}: {error}"
@@ -98,25 +108,30 @@ def open_tensors(folder: Path, rename: Callable[[str], str], *, dtypes: Collecti
         dtypes: those that a tensor may have.
 
     Raises:
-        FileNotFoundError: no safetensors, or a shard that the index names is missing.
-        ValueError: only pickles, a damaged or truncated file, or an index that is none.
+        FileNotFoundError: no tensors, or a shard that the index names is missing.
+        ValueError: only pickles that are not torch's zip files, a damaged or truncated file, or an index that is none.
     """
     tensors: dict[str, Any] = {}
     for path in _files(folder):
-        try:
-            file = safe_open(path, framework="np")
-        except FileNotFoundError as error:
-            raise FileNotFoundError(f"{folder / INDEX} names {path.name}, which is missing") from error
-        except SafetensorError as error:
-            raise ValueError(f"{path} is truncated or damaged ({error}): download or copy it again") from error
-        for name in file.keys():  # noqa: SIM118 (not a mapping)
-            tensor = file.get_slice(name)
+        if not path.is_file():
+            raise FileNotFoundError(f"the index in {folder} names {path.name}, which is missing")
+        for name, tensor in open_state_dict(path).items() if path.suffix == ".bin" else _slices(path):
             if tensor.get_dtype() not in dtypes:
                 raise ValueError(f"dtype of a tensor must be one of {dtypes}; {name} in {path} is {tensor.get_dtype()}")
             if rename(name) in tensors:
                 raise ValueError(f"a tensor must be stored once; {folder} holds {rename(name)} twice")
             tensors[rename(name)] = tensor
     return tensors
+
+
+def _slices(path: Path) -> Iterator[tuple[str, Any]]:
+    """The tensors of a safetensors file by name, unread."""
+    try:
+        file = safe_open(path, framework="np")
+    except SafetensorError as error:
+        raise ValueError(f"{path} is truncated or damaged ({error}): download or copy it again") from error
+    for name in file.keys():  # noqa: SIM118 (not a mapping)
+        yield name, file.get_slice(name)
 
 
 def load_tensors[K](
@@ -142,8 +157,8 @@ def load_tensors[K](
     )
     for stored in wanted.values():
         for part in stored.parts() if stored.exact else ():
-            dtype, found = stored.array.dtype.name, tensors[part.name].get_dtype()
-            if found != CODES.get(dtype):
+            dtype, found = dtype_code(stored.array.dtype), tensors[part.name].get_dtype()
+            if found != dtype:
                 raise ValueError(f"{part.name} in {folder} must be of dtype {dtype}; got {found}: it is damaged")
     return {key: read_parameter(stored, tensors) for key, stored in wanted.items()}
 
@@ -157,33 +172,39 @@ def equal_tensors(a: Any, b: Any) -> bool:
 
 
 def _files(folder: Path) -> list[Path]:
-    """The safetensors files that make up the model."""
-    if (folder / INDEX).is_file():
-        try:
-            names = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{folder / INDEX} must be JSON with a weight_map; {error!r}") from error
-        for name in names:
-            if Path(name).name != name or not name.endswith(".safetensors"):
-                raise ValueError(f"a shard must be a .safetensors file beside {INDEX}; it names {name!r}")
-        return [folder / name for name in names]
-    files = sorted(folder.glob("*.safetensors"))
-    if len(files) > 1:
-        raise FileNotFoundError(f"{folder} holds {len(files)} safetensors files but no {INDEX}: download it too")
-    if files:
-        return files
+    """The files whose tensors make up the model: safetensors, or else torch's."""
+    for (name, suffix), single in zip(INDICES.items(), SINGLE, strict=True):
+        if (folder / name).is_file():
+            return [folder / shard for shard in _shards_of(folder / name, suffix)]
+        files = sorted(folder.glob(single))
+        if len(files) > 1:
+            raise FileNotFoundError(f"{folder} holds {len(files)} files {single} but no {name}: download it too")
+        if files:
+            return files
     pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
     if pickles:
         raise ValueError(
-            f"{folder} holds only pickles ({', '.join(pickles)}). Reading a pickle can run any code that its author "
-            "put there, so it is refused. Ask for safetensors (on the hub, the conversion bot's pull request: "
-            "revision='refs/pr/N'), or convert a file you trust where transformers is installed: "
-            "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
+            f"{folder} holds no *.safetensors and no pytorch_model.bin but {', '.join(pickles)}. Running a pickle can "
+            "run any code that its author put there, so none is; where transformers is installed, convert a file you "
+            "trust: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
         )
-    raise FileNotFoundError(
-        f"{folder} holds no *.safetensors. A hub repository may offer only pickles, which are neither downloaded nor "
-        "opened: see whether a pull request there holds safetensors (revision='refs/pr/N')"
-    )
+    raise FileNotFoundError(f"{folder} holds no *.safetensors, and no pytorch_model.bin either")
+
+
+def _shards_of(index: Path, suffix: str) -> list[str]:
+    """The names of files in an index.
+
+    Raises:
+        ValueError: it is none, or names files elsewhere or of another kind.
+    """
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index} must be JSON with a weight_map; {error!r}") from error
+    for name in names:
+        if Path(name).name != name or not name.endswith(suffix):
+            raise ValueError(f"a shard must be a {suffix} file beside {index.name}; it names {name!r}")
+    return names
 
 
 def save_folder(

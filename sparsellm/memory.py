@@ -2,8 +2,10 @@
 
 import dataclasses
 import math
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,6 +15,7 @@ from flax import nnx
 from pallas_kernels.unstructured_matmul import EXPAND_N, UnstructuredWeights
 
 GIB = 2**30
+CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
 class OutOfMemory(RuntimeError):
@@ -132,6 +135,16 @@ def check_parameters(abstract: Any) -> None:
 
 
 def capacity() -> int | None:
-    """Bytes that JAX may use of the smallest device; None where they do not say."""
-    stats = [device.memory_stats() for device in jax.local_devices()]
+    """Bytes that JAX may use of the smallest device; None where they do not say. CPUs share what the host has."""
+    devices = jax.local_devices()
+    if devices[0].platform == "cpu":
+        return _host_memory() // len(devices)
+    stats = [device.memory_stats() for device in devices]
     return min((int(s["bytes_limit"]) for s in stats if s and "bytes_limit" in s), default=None)
+
+
+def _host_memory() -> int:
+    """Bytes of memory that this process may have, by the machine and by its control group (Linux)."""
+    has = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = CGROUP_LIMIT.read_text().strip() if CGROUP_LIMIT.is_file() else "max"
+    return min(has, int(limit)) if limit.isdigit() else has

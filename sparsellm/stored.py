@@ -100,6 +100,14 @@ class Part(NamedTuple):
         return np.ascontiguousarray(values.swapaxes(-1, -2) if self.transposed else values)
 
 
+def dtype_code(dtype: Any) -> str:
+    """A dtype as safetensors calls it: "BF16", "F32", "I8", "BOOL"."""
+    name = jnp.dtype(dtype).name
+    for ours, theirs in (("bfloat", "BF"), ("float", "F"), ("uint", "U"), ("int", "I")):
+        name = name.replace(ours, theirs)
+    return name.upper()
+
+
 def read_parameter(stored: Stored[jax.ShapeDtypeStruct], tensors: Mapping[str, Any]) -> jax.Array:
     """Reads a parameter tensor by tensor, each device its own block; casts and transposes on the devices.
 

@@ -4,14 +4,17 @@ Such a file holds `data.pkl`, a pickle of the saved object in which every storag
 `data/0`, `data/1`, ... of raw bytes for each storage. Unpickling may call anything that can be imported, so it is not
 done: the opcodes are read one by one (`pickletools.genops` only decodes them) by the little machine below, which knows
 containers, scalars and the few names in `_CALLS` and `_STORAGES`. A name is a string to it: nothing is imported, no
-attribute is set, and what it does not know is an error. Tensors stay on disk until `TorchTensor.read`.
+attribute is set, and what it does not know is an error. Tensors stay on disk until they are indexed.
 
-Source: torch/serialization.py and caffe2/serialize/inline_container.h (PyTorch 1.6 and later).
+Source: torch/serialization.py and caffe2/serialize/inline_container.h (PyTorch 1.6 and later); APPNOTE.TXT of the zip
+format, 4.3.7 (local file header).
 """
 
 import dataclasses
+import functools
 import pickletools
 import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,19 +22,39 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from sparsellm.stored import dtype_code
 
-class _Storage(NamedTuple):
+_HEADER, _SIGNATURE = 30, b"PK\x03\x04"  # of a record: so many bytes, then its name and an extra field
+
+
+@dataclasses.dataclass(frozen=True)
+class _Storage:
     """What a persistent id says: a record of `size` elements."""
 
-    archive: zipfile.ZipFile
-    record: str
+    path: Path
+    record: zipfile.ZipInfo
     dtype: np.dtype
     size: int
+
+    @functools.cached_property
+    def elements(self) -> np.ndarray:
+        """Mapped into memory; the zip's checksum is checked, once.
+
+        Raises:
+            ValueError: the record is damaged.
+        """
+        file = np.memmap(self.path, np.uint8, "r")
+        header = bytes(file[self.record.header_offset :][:_HEADER])
+        names = int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
+        data = file[self.record.header_offset + _HEADER + names :][: self.size * self.dtype.itemsize]
+        if header[:4] != _SIGNATURE or zlib.crc32(data) != self.record.CRC:
+            raise ValueError(f"{self.path} is damaged (record {self.record.filename}): download or copy it again")
+        return data.view(self.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
 class TorchTensor:
-    """A tensor on disk.
+    """A tensor on disk, with the methods of safetensors' slices: an index reads as much as it names.
 
     Attributes:
         shape: its shape.
@@ -49,20 +72,38 @@ class TorchTensor:
     def dtype(self) -> np.dtype:
         return self.storage.dtype
 
-    def read(self) -> np.ndarray:
-        """The elements; the zip's checksum is checked.
+    def get_shape(self) -> list[int]:
+        """The shape."""
+        return list(self.shape)
+
+    def get_dtype(self) -> str:
+        """The dtype as safetensors calls it."""
+        return dtype_code(self.dtype)
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        """A copy of what numpy's basic index names; the zip's checksum is checked.
 
         Raises:
             ValueError: the record is damaged.
         """
-        archive, record, dtype, size = self.storage
-        try:
-            data = archive.read(record)
-        except zipfile.BadZipFile as error:
-            raise ValueError(f"{archive.filename} is damaged ({error}): download or copy it again") from error
-        elements = np.frombuffer(data, dtype, count=size)[self.offset :]
-        strides = [stride * dtype.itemsize for stride in self.strides]
-        return np.asarray(np.lib.stride_tricks.as_strided(elements, self.shape, strides, writeable=False), order="C")
+        elements = self.storage.elements[self.offset :]
+        strides = [stride * self.dtype.itemsize for stride in self.strides]
+        whole = np.lib.stride_tricks.as_strided(elements, self.shape, strides, writeable=False)
+        return np.array(whole[index], order="C", subok=False)
+
+
+def open_state_dict(path: str | Path) -> dict[str, TorchTensor]:
+    """The tensors of a state_dict by name, unread: of what was saved, or of its entry "model" if it has one.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: as of `open_torch_zip`; or it holds anything else.
+    """
+    saved = open_torch_zip(path)
+    state = saved.get("model", saved) if isinstance(saved, dict) else None
+    if not isinstance(state, dict) or not all(isinstance(tensor, TorchTensor) for tensor in state.values()):
+        raise ValueError(f"{path} must hold tensors by name, maybe under 'model'")
+    return state
 
 
 def open_torch_zip(path: str | Path) -> Any:
@@ -88,8 +129,8 @@ def open_torch_zip(path: str | Path) -> Any:
             "1.6, which is never opened: load it with weights_only=True and save it again with a newer PyTorch"
         )
     try:
-        archive = zipfile.ZipFile(path)
-        return _Machine(archive, _folder(archive)).run()
+        with zipfile.ZipFile(path) as archive:
+            return _Machine(path, archive, _folder(archive)).run()
     except (ValueError, zipfile.BadZipFile) as error:
         raise ValueError(f"cannot read {path}: {error}") from error
     except (IndexError, KeyError, TypeError) as error:
@@ -164,8 +205,8 @@ _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 class _Machine:
     """A pickle machine that only builds data. Each opcode that it knows is handled in `step`."""
 
-    def __init__(self, archive: zipfile.ZipFile, folder: str):
-        self.archive, self.folder = archive, folder
+    def __init__(self, path: Path, archive: zipfile.ZipFile, folder: str):
+        self.path, self.archive, self.folder = path, archive, folder
         self.stack: list[Any] = []
         self.marks: list[int] = []
         self.memo: dict[int, Any] = {}
@@ -237,9 +278,12 @@ class _Machine:
         dtype, record = _STORAGES[str(name)], f"{self.folder}data/{key}"
         if record not in self.archive.NameToInfo:
             raise ValueError(f"record {record} is missing")
-        if self.archive.getinfo(record).file_size != size * dtype.itemsize:
+        found = self.archive.getinfo(record)
+        if found.file_size != size * dtype.itemsize:
             raise ValueError(f"record {record} must hold {size} elements of {dtype}; its size differs")
-        return _Storage(self.archive, record, dtype, size)
+        if found.compress_type != zipfile.ZIP_STORED:
+            raise ValueError(f"record {record} must not be compressed, as torch.save leaves it; it is")
+        return _Storage(self.path, found, dtype, size)
 
 
 def _known(name: _Name) -> _Name:

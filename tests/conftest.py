@@ -2,6 +2,8 @@
 
 import gc
 import os
+import sys
+import time
 from pathlib import Path
 
 import hypothesis
@@ -84,6 +86,15 @@ def few_programs():
     if MAPS.exists() and MAPS.read_text().count("\n") > MOST_MAPS:
         jax.clear_caches()
         gc.collect()
+
+
+@pytest.fixture
+def abandoned_reads(monkeypatch):
+    """For tests in which Orbax fails: it closes the loop of reads that are under way, which then complain to nobody."""
+    monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: None)
+    yield
+    time.sleep(0.3)
+    gc.collect()
 
 
 @pytest.fixture

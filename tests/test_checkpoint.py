@@ -79,7 +79,7 @@ def test_missing_and_foreign_folders(tmp_path):
         load_config(tmp_path)
 
 
-def test_a_truncated_checkpoint(tmp_path):
+def test_a_truncated_checkpoint(tmp_path, abandoned_reads):
     save_checkpoint(tmp_path / "a", {}, {"w": jax.random.normal(jax.random.key(0), (1000,))})
     for path in (tmp_path / "a" / "orbax").rglob("d/*"):
         os.truncate(path, path.stat().st_size // 2)

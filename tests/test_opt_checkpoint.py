@@ -14,6 +14,7 @@ from flax import nnx
 from host_memory import traced_reads
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
+from torch_zips import write_state_dict
 
 from models import OPT, OPTConfig, load_opt, save_hf, save_opt
 from sparsellm import huggingface
@@ -162,10 +163,62 @@ def test_shards_without_an_index(tmp_path):
         load_opt(tmp_path / "hf")
 
 
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model-00001-of-00002.bin", "opt.pt"])
+def as_torch_files(hf, shards, dtype=np.float32, prefix="model."):
+    """The folder's tensors as torch saves them, as most of the hub's OPTs are."""
+    tensors = {
+        prefix + name.removeprefix("model."): values.astype(dtype)
+        for name, values in load_file(hf / "model.safetensors").items()
+    }
+    (hf / "model.safetensors").unlink()
+    if shards == 1:
+        write_state_dict(hf / "pytorch_model.bin", tensors)
+        return
+    files = [f"pytorch_model-{i + 1:05}-of-{shards:05}.bin" for i in range(shards)]
+    for i, file in enumerate(files):
+        write_state_dict(hf / file, dict(list(tensors.items())[i::shards]))
+    weight_map = {name: files[i % shards] for i, name in enumerate(tensors)}
+    (hf / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize(("dtype", "prefix"), [(np.float32, "model."), (np.float16, ""), (jnp.bfloat16, "model.")])
+def test_torch_s_own_files_without_a_pickle_run(hf, shards, dtype, prefix):
+    expected = jax.tree.map(lambda x: x.astype(dtype).astype(jnp.float32), nnx.state(make(CONFIG)))
+    as_torch_files(hf, shards, dtype, prefix)
+    found = nnx.state(load_opt(hf, param_dtype="float32"))
+    jax.tree.map(np.testing.assert_array_equal, nnx.to_pure_dict(found), nnx.to_pure_dict(expected))
+
+
+def test_torch_s_own_files_for_a_mesh(hf):
+    as_torch_files(hf, 2)
+    mesh = jax.make_mesh((1,), ("model",), (jax.sharding.AxisType.Auto,))
+    assert_same_parameters(load_opt(hf, mesh=mesh), make(CONFIG))
+
+
+def test_safetensors_are_preferred(hf):
+    (hf / "pytorch_model.bin").write_bytes(b"never opened")
+    assert_same_parameters(load_opt(hf), make(CONFIG))
+
+
+def test_damaged_torch_files_are_refused(hf):
+    as_torch_files(hf, 2)
+    shard = hf / "pytorch_model-00002-of-00002.bin"
+    content = shard.read_bytes()
+    shard.write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match="00002-of-00002.bin must be a zip file as torch.save writes it; it is trunc"):
+        load_opt(hf)
+    shard.unlink()
+    with pytest.raises(FileNotFoundError, match=f"names {shard.name}, which is missing"):
+        load_opt(hf)
+    (hf / "pytorch_model.bin.index.json").write_text('{"weight_map": {"x": "../pytorch_model.bin"}}')
+    with pytest.raises(ValueError, match="a shard must be a .bin file beside pytorch_model.bin.index.json"):
+        load_opt(hf)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model-00001-of-00002.bin", "opt.pt"])
 def test_pickles_are_refused(hf, name):
     (hf / "model.safetensors").rename(hf / name)
-    with pytest.raises(ValueError, match=rf"only pickles \({name}\).*any code.*refs/pr/N.*save_pretrained"):
+    with pytest.raises(ValueError, match=rf"no pytorch_model.bin but {name}.*any code.*save_pretrained"):
         load_opt(hf)
 
 
@@ -207,21 +260,28 @@ def test_a_file_or_nothing_instead_of_a_folder(hf, tmp_path):
         load_opt(tmp_path / "nowhere")
 
 
-def test_the_hub_is_asked_for_safetensors_only(hf, monkeypatch):
+def test_what_the_hub_is_asked_for(hf, monkeypatch):
     huggingface_hub = pytest.importorskip("huggingface_hub")
-    asked = {}
+    asked: list[tuple] = []
 
-    def snapshot_download(name, **options):
-        asked.update(options, name=name)
+    def snapshot_download(name, *, revision, allow_patterns):
+        asked.append((name, revision, *allow_patterns))
         return str(hf)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     assert_same_parameters(load_opt("facebook/opt-125m", revision="refs/pr/3"), make(CONFIG))
-    assert asked == {
-        "name": "facebook/opt-125m",
-        "revision": "refs/pr/3",
-        "allow_patterns": ["*.safetensors", "*.json", "*.txt"],
-    }
+    assert_same_parameters(load_opt("facebook/opt-125m@refs/pr/3"), make(CONFIG))
+    safetensors = ("facebook/opt-125m", "refs/pr/3", "*.safetensors", "*.json", "*.txt")
+    assert asked == [safetensors, safetensors]
+    with pytest.raises(ValueError, match="give one revision; got facebook/opt-125m@main and refs/pr/3"):
+        load_opt("facebook/opt-125m@main", revision="refs/pr/3")
+
+    as_torch_files(hf, 1)
+    assert_same_parameters(load_opt("facebook/opt-125m"), make(CONFIG))
+    assert asked[2:] == [
+        ("facebook/opt-125m", None, "*.safetensors", "*.json", "*.txt"),
+        ("facebook/opt-125m", None, "pytorch_model*.bin", "*.json", "*.txt"),
+    ]
 
     def no_network(name, **options):
         raise huggingface_hub.errors.LocalEntryNotFoundError("check your connection")

@@ -27,7 +27,7 @@ def files_of(name: str) -> list[Path]:
 
 
 def tensors_of(file: Path) -> dict[str, np.ndarray]:
-    return {name: tensor.read() for name, tensor in open_torch_zip(file)["model"].items()}
+    return {name: tensor[...] for name, tensor in open_torch_zip(file)["model"].items()}
 
 
 def merged(name: str) -> dict[str, np.ndarray]:

@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch_zips import pickled, pickled_tensor, write_tensors, write_zip
+from torch_zips import pickled, pickled_tensor, write_state_dict, write_tensors, write_zip
 
-from sparsellm.torch_zip import TorchTensor, open_torch_zip
+from sparsellm.torch_zip import TorchTensor, open_state_dict, open_torch_zip
 
 GOLDEN = Path(__file__).parent / "golden" / "swin_moe"
 TYPES = ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
+CODES = {"float32": "F32", "float64": "F64", "int64": "I64"}
 NUMBERS = np.arange(24).reshape(2, 3, 4)
 FOUR_FLOATS = {"data/0": np.arange(4, dtype=np.float32).tobytes()}
 
@@ -28,7 +29,7 @@ def saved():
 @pytest.mark.parametrize("name", TYPES)
 def test_types(saved, name):
     tensor = saved["types"][name]
-    values = tensor.read()
+    values = tensor[...]
     assert values.dtype.name == tensor.dtype.name == name and tensor.shape == (2, 3, 4)
     np.testing.assert_array_equal(values.astype(np.float64), NUMBERS != 0 if name == "bool" else NUMBERS)
 
@@ -46,7 +47,7 @@ def test_views(saved):
     }
     assert saved["views"].keys() == expected.keys()
     for name, values in expected.items():
-        read = saved["views"][name].read()
+        read = saved["views"][name][...]
         assert read.flags.c_contiguous and read.shape == values.shape
         np.testing.assert_array_equal(read, values, err_msg=name)
 
@@ -58,8 +59,8 @@ def test_containers_and_scalars(saved):
 
 
 def test_parameters_and_state_dicts(saved):
-    np.testing.assert_array_equal(saved["parameter"].read(), [1, 1])
-    assert {name: tensor.read().tolist() for name, tensor in saved["state_dict"].items()} == {
+    np.testing.assert_array_equal(saved["parameter"][...], [1, 1])
+    assert {name: tensor[...].tolist() for name, tensor in saved["state_dict"].items()} == {
         "weight": [[0, 1, 2], [3, 4, 5]],
         "bias": [0, 1],
     }
@@ -71,7 +72,7 @@ def test_what_is_written_here_is_read(tmp_path):
     read = open_torch_zip(write_tensors(tmp_path / "x.pt", tensors))["model"]
     assert read.keys() == tensors.keys()
     for name, values in tensors.items():
-        np.testing.assert_array_equal(read[name].read(), values)
+        np.testing.assert_array_equal(read[name][...], values)
 
 
 class Evil:
@@ -178,9 +179,49 @@ def test_a_damaged_record_is_found_when_it_is_read(tmp_path):
     content[content.index(np.full(5, 7, np.float32).tobytes())] ^= 1
     path.write_bytes(content)
     tensors = open_torch_zip(path)["model"]
-    np.testing.assert_array_equal(tensors["good"].read(), np.ones(3))
+    np.testing.assert_array_equal(tensors["good"][...], np.ones(3))
     with pytest.raises(ValueError, match="is damaged .*: download or copy it again"):
-        tensors["bad"].read()
+        tensors["bad"][...]
+
+
+def test_slices_are_those_of_the_whole(saved):
+    for name, tensor in saved["views"].items():
+        whole = tensor[...]
+        assert tensor.get_shape() == list(whole.shape) and tensor.get_dtype() == CODES[whole.dtype.name]
+        index = tuple(slice(size // 3, size - size // 4) for size in whole.shape)
+        np.testing.assert_array_equal(tensor[index], whole[index], err_msg=name)
+
+
+def test_what_was_read_is_not_the_file_s(tmp_path):
+    path = write_tensors(tmp_path / "x.pt", {"a": np.ones(3, np.float32)})
+    values = open_torch_zip(path)["model"]["a"][...]
+    assert values.flags.owndata and values.flags.writeable and type(values) is np.ndarray
+
+
+def test_state_dicts(tmp_path):
+    values = np.arange(6, dtype=np.float16).reshape(2, 3)
+    for write in (write_tensors, write_state_dict):
+        state = open_state_dict(write(tmp_path / "x.pt", {"a": values}))
+        assert state.keys() == {"a"} and state["a"].get_dtype() == "F16"
+        np.testing.assert_array_equal(state["a"][...], values)
+    with pytest.raises(ValueError, match="must hold tensors by name, maybe under 'model'"):
+        open_state_dict(GOLDEN / "types.pt")
+
+
+def test_compressed_and_misplaced_records(tmp_path):
+    path = tmp_path / "x.pt"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("x/data.pkl", b"\x80\x02" + pickled_tensor(0, "FloatStorage", 4, 0, (4,), (1,)) + b".")
+        archive.writestr("x/data/0", FOUR_FLOATS["data/0"])
+    with pytest.raises(ValueError, match="record x/data/0 must not be compressed"):
+        open_torch_zip(path)
+    tensor = open_torch_zip(write_zip(path, pickled_tensor(0, "FloatStorage", 4, 0, (4,), (1,)), FOUR_FLOATS))
+    content = bytearray(path.read_bytes())
+    at = content.index(b"archive/data/0") - 30  # its local header, which the central directory points to
+    content[at : at + 4] = b"none"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="x.pt is damaged .record archive/data/0.: download or copy it again"):
+        tensor[...]
 
 
 with zipfile.ZipFile(GOLDEN / "types.pt") as _archive:

@@ -15,6 +15,7 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from models import OPT, load_mixtral, load_opt, save_hf, save_opt
+from models.opt import with_sparse_rows
 from sparsellm.unstructured import Treatment, check_layers, compress, compressed_layers
 
 
@@ -50,6 +51,17 @@ def test_bfloat16_and_an_empty_layer_come_back(tmp_path):
         load_opt(tmp_path / "a", mesh=mesh)
     with pytest.raises(ValueError, match="stay in the dtype they were saved in: .* dtype=bfloat16; got float32"):
         load_opt(tmp_path / "a", dtype="float32")
+
+
+@pytest.mark.parametrize("form", ["orbax", "safetensors"])
+def test_choices_for_dense_layers_are_refused(form, tmp_path, compressed):
+    SAVE[form]["opt"](compressed, tmp_path / "a")
+    with pytest.raises(ValueError, match="sparse_rows is for dense layers; those of .*/a are compressed: leave it out"):
+        load_opt(tmp_path / "a", sparse_rows=8)
+    with pytest.raises(ValueError, match="neuron_major is for dense layers|the layout of a dense model can be changed"):
+        load_opt(tmp_path / "a", neuron_major=True)
+    with pytest.raises(ValueError, match="sparse_rows takes dense layers; layers.0.fc1 is a Unstructured"):
+        with_sparse_rows(load_opt(tmp_path / "a"), 8)
 
 
 def weights_of_k_proj(model: OPT) -> Any:
@@ -174,10 +186,10 @@ def test_arrays_of_another_dtype_are_not_cast(saved, tmp_path, compressed):
     tensors, name = load_file(saved / "model.safetensors"), "model.decoder.layers.1.fc2.parts.lags"
     tensors[name] = tensors[name].astype(np.int32) + 256
     save_file(tensors, saved / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"layers.1.fc2.parts.lags in .* must be of dtype uint8; got I32"):
+    with pytest.raises(ValueError, match=r"layers.1.fc2.parts.lags in .* must be of dtype U8; got I32"):
         load_opt(saved)
     edit_layout(saved, lambda layout: layout["arrays"]["lags"].__setitem__(0, "int16"))  # which no array of one has
-    with pytest.raises(ValueError, match=r"layers.1.fc2.parts.lags in .* must be of dtype int16; got I32"):
+    with pytest.raises(ValueError, match=r"layers.1.fc2.parts.lags in .* must be of dtype I16; got I32"):
         load_opt(saved)
     save_opt(compressed, tmp_path / "native")
     edit_layout(tmp_path / "native", lambda layout: layout["arrays"]["rows"].__setitem__(0, "int16"))
@@ -186,7 +198,7 @@ def test_arrays_of_another_dtype_are_not_cast(saved, tmp_path, compressed):
 
 
 @pytest.mark.parametrize("damage", [lambda path: path.unlink(), lambda path: path.write_bytes(b"")])
-def test_files_of_orbax_that_are_lost_are_said(tmp_path, compressed, damage):
+def test_files_of_orbax_that_are_lost_are_said(tmp_path, compressed, damage, abandoned_reads):
     save_opt(compressed, tmp_path / "a")
     lost = list((tmp_path / "a").glob("orbax/**/ocdbt.process_0/d/*"))
     assert lost

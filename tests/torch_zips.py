@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-STORAGES = {np.dtype(np.float32): "FloatStorage", np.dtype(np.int64): "LongStorage"}
+STORAGES = {"float32": "FloatStorage", "float16": "HalfStorage", "bfloat16": "BFloat16Storage", "int64": "LongStorage"}
 TENSOR = b"ctorch._utils\n_rebuild_tensor_v2\n"
 
 
@@ -40,10 +40,20 @@ def write_zip(path: Path, data: bytes, records: Mapping[str, bytes] | None = Non
 
 def write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> Path:
     """What torch.save({"model": tensors}, path) writes."""
-    data, records = b"}" + pickled("model") + b"}", {}
+    data, records = _state_dict(tensors)
+    return write_zip(path, b"}" + pickled("model") + data + b"s", records)
+
+
+def write_state_dict(path: Path, tensors: Mapping[str, np.ndarray]) -> Path:
+    """What torch.save(tensors, path) writes, as for the hub's pytorch_model.bin."""
+    return write_zip(path, *_state_dict(tensors))
+
+
+def _state_dict(tensors: Mapping[str, np.ndarray]) -> tuple[bytes, dict[str, bytes]]:
+    data, records = b"ccollections\nOrderedDict\n)R", {}
     for i, (name, values) in enumerate(tensors.items()):
         strides = tuple(stride // values.itemsize for stride in values.strides)
-        tensor = pickled_tensor(i, STORAGES[values.dtype], values.size, 0, values.shape, strides)
+        tensor = pickled_tensor(i, STORAGES[values.dtype.name], values.size, 0, values.shape, strides)
         data += pickled(name) + tensor + b"s"
         records[f"data/{i}"] = values.tobytes()
-    return write_zip(path, data + b"s", records)
+    return data, records
