@@ -124,6 +124,10 @@ def run(config: Config, run: Run) -> list[Row]:
     for path in (config.wikitext, config.sst2):
         if path is not None and not path.is_file():
             raise FileNotFoundError(f"a text to evaluate on must be a file; there is no {path}")
+    if config.wikitext is not None:  # what cannot be read shows before the training, not after
+        text.read_text(config.wikitext)
+    if config.sst2 is not None:
+        evaluation.read_sst2(config.sst2)
     other = compared(config)
     model_config(config, config.vocabulary)  # what is wrong with it shows before the corpus is read
     with language_models.compiled_in(run.folder / "compiled"):

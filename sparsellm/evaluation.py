@@ -20,7 +20,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int32
 
 from sparsellm.packing import bucket
-from sparsellm.text import PAD, Tokenizer, read_text
+from sparsellm.text import PAD, Tokenizer, check_tokens, read_text
 
 SST2_PROMPT = "{sentence} It was"
 SST2_LABELS = (" terrible", " great")  # of 0 and 1: Gao et al., "Making Pre-trained Language Models Better" (2021)
@@ -53,10 +53,11 @@ def perplexity(model: nnx.Module, windows: Int32[np.ndarray, "windows length_plu
         batch: windows at once; logits take batch * length * vocabulary * 4 bytes.
 
     Raises:
-        ValueError: there is no window, or `batch` is not positive.
+        ValueError: there is no window, a token that the model does not know, or `batch` is not positive.
     """
     if not windows.size:
         raise ValueError(f"windows must hold one at least; got shape {windows.shape}")
+    check_tokens(windows, model)
     scores, likeliest = token_scores(model, windows, batch=batch)
     loss = -float(scores.mean(dtype=np.float64))
     perplexity = math.inf if loss > 700 else math.exp(loss)  # past what a float64 holds
@@ -117,7 +118,7 @@ def sst2(
     Raises:
         ValueError: the file is not such a table, or empty.
     """
-    examples = _read_sst2(Path(path))
+    examples = read_sst2(path)
     pairs = []
     for sentence, _ in examples:
         asked = prompt.replace("{sentence}", sentence.strip())
@@ -127,8 +128,9 @@ def sst2(
     return float(np.mean((scores[:, 1] > scores[:, 0]) == [label for _, label in examples]))
 
 
-def _read_sst2(path: Path) -> list[tuple[str, int]]:
-    rows = csv.DictReader(io.StringIO(read_text(path)), delimiter="\t", quoting=csv.QUOTE_NONE)
+def read_sst2(path: str | Path) -> list[tuple[str, int]]:
+    """The sentences of such a table, and their labels; errors as of `sst2`."""
+    rows = csv.DictReader(io.StringIO(read_text(Path(path))), delimiter="\t", quoting=csv.QUOTE_NONE)
     if not {"sentence", "label"} <= set(rows.fieldnames or ()):
         raise ValueError(f"{path} must have the columns sentence and label; got {', '.join(rows.fieldnames or ())}")
     examples = []

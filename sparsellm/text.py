@@ -257,6 +257,21 @@ def split_documents(documents: Sequence[str], *, held_out: float, seed: int) -> 
     return [documents[i] for i in sorted(order[count:])], [documents[i] for i in sorted(order[:count])]
 
 
+def check_tokens(windows: Any, model: Any) -> None:
+    """Raises ValueError for tokens that a model has no embedding of: it would answer with NaN, or to another token.
+
+    Args:
+        windows: of tokens, of any shape, on the host.
+        model: one whose `config.vocab_size` says how many it knows; of another nothing is asked.
+    """
+    known = getattr(getattr(model, "config", None), "vocab_size", None)
+    windows = np.asarray(windows)
+    if known is None or not windows.size or (windows.min() >= 0 and windows.max() < known):
+        return
+    outside = windows[(windows < 0) | (windows >= known)].flat[0]
+    raise ValueError(f"token ids must be in [0, {known}); windows hold {outside}: were they made by its tokenizer?")
+
+
 def token_windows(tokens: Int32[np.ndarray, " tokens"], *, length: int) -> Int32[np.ndarray, "windows length_plus_1"]:
     """Windows of `length` inputs and their next token: every token but the first is predicted once.
 

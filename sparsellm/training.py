@@ -11,6 +11,7 @@ import functools
 import json
 import shutil
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -217,6 +218,8 @@ def train(
         objective: what to minimise; its metrics hold the "loss" that has to stay finite.
         report: called after every step with its metrics, and once with the last ones of a training that is continued.
 
+    A checkpoint that cannot be read is said on stderr and removed, and the one before it continued.
+
     Returns:
         The metrics of every step from the first: step (from 1), the objective's (loss), gradient_norm, seconds (since
         the end of the step before).
@@ -224,6 +227,7 @@ def train(
     Raises:
         OSError: no disk space is left for a checkpoint (the one before it is kept).
         FloatingPointError: the loss is not finite.
+        ValueError: no checkpoint in `folder` can be read.
     """
     folder = Path(folder).absolute()
     graphdef, params = nnx.split(model, nnx.Param)
@@ -232,8 +236,7 @@ def train(
     with _checkpointer(folder / "checkpoints") as checkpointer:
         done = 0
         if checkpointer.latest is not None:
-            done = checkpointer.latest.step
-            state = _restore(checkpointer, state)
+            state, done = _restore(checkpointer, state)
         metrics = _continued_metrics(folder / "metrics.jsonl", done)
         if report and metrics:
             report(metrics[-1])
@@ -327,12 +330,31 @@ def _named(state: TrainState) -> dict[str, jax.Array]:
     return {jax.tree_util.keystr(path, simple=True, separator="."): x for path, x in jax.tree.leaves_with_path(state)}
 
 
-def _restore(checkpointer: ocp.training.Checkpointer, state: TrainState) -> TrainState:
-    """The latest checkpoint, in the place of `state`."""
+def _restore(checkpointer: ocp.training.Checkpointer, state: TrainState) -> tuple[TrainState, int]:
+    """The latest checkpoint that can be read, in the place of `state`, and its step; later ones are removed.
+
+    Raises:
+        ValueError: none can be read; none is removed.
+    """
     named = _named(state)
     like = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for name, x in named.items()}
-    arrays = checkpointer.load(None, like)
-    return jax.tree.unflatten(jax.tree.structure(state), [arrays[name] for name in named])
+    damaged: list[tuple[int, Exception]] = []
+    for step in sorted((found.step for found in checkpointer.checkpoints), reverse=True):
+        try:
+            arrays = checkpointer.load(step, like)
+        except (jax.errors.JaxRuntimeError, MemoryError):  # the device's, the host's
+            raise
+        except Exception as error:  # Orbax raises no class of its own for a file that cannot be read
+            damaged.append((step, error))
+            continue
+        for later, error in damaged:
+            said = f"the checkpoint of step {later} cannot be read ({str(error)[:200]}): going on from that of {step}"
+            print(said, file=sys.stderr, flush=True)
+            checkpointer.delete(later)
+        return jax.tree.unflatten(jax.tree.structure(state), [arrays[name] for name in named]), step
+    latest, error = damaged[0]
+    said = f"no checkpoint in {checkpointer.directory} can be read, that of step {latest} for {str(error)[:500]}"
+    raise ValueError(f"{said}: is it of this model? Without the folder, training starts anew") from error
 
 
 @contextlib.contextmanager

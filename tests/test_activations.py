@@ -11,6 +11,9 @@ from safetensors import safe_open
 
 from models import OPT, Mixtral, MixtralConfig, OPTConfig
 from sparsellm.activations import KINDS, Activations, collect, collection, fingerprint, measure
+from sparsellm.evaluation import perplexity
+from sparsellm.pruning import WANDA, prune, prune_structures
+from sparsellm.unstructured import Treatment, compress
 
 CONFIG = OPTConfig(vocab_size=61, layers=2, d_model=16, heads=2, d_ff=24, max_length=32, init_std=0.3)
 BATCH, WINDOWS, LENGTH = 2, 6, 12
@@ -225,6 +228,28 @@ def test_what_cannot_be_collected_is_refused(options, message, model, windows, t
     with pytest.raises(ValueError, match=message):
         collect(model, windows, tmp_path / "new", **options)
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("token", [-1, 61, 2**31 - 1])
+def test_tokens_that_the_model_does_not_know_are_refused(token, model, windows, tmp_path):
+    """Its embedding would answer with another token's row, or with NaN."""
+    outside = windows.astype(np.int32)
+    outside[3, 4] = token
+    for use in (
+        lambda: collect(model, outside, tmp_path / "new"),
+        lambda: measure(model, outside, spans=(1,)),
+        lambda: prune(model, WANDA, sparsity=0.5, windows=outside),
+        lambda: perplexity(model, outside),
+        lambda: prune_structures(model, outside, heads=0.5, layers=[0, 1]),
+    ):
+        with pytest.raises(ValueError, match=rf"token ids must be in \[0, 61\); windows hold {token}: were they made"):
+            use()
+    assert not (tmp_path / "new").exists()
+
+
+def test_compressed_models_are_refused_by_name(windows, tmp_path):
+    with pytest.raises(ValueError, match="of a dense model, before it is compressed; self_attn.out_proj is a Unstruct"):
+        collect(compress(OPT(CONFIG, rngs=nnx.Rngs(0)), [("", Treatment(max_density=1.0))]), windows, tmp_path / "new")
 
 
 def test_a_model_of_other_blocks_is_refused(windows):

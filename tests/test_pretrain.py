@@ -178,6 +178,8 @@ def test_the_report_leaves_out_what_was_not_measured(finished):
     [
         (["--corpus", "missing"], "there is no missing"),
         (["--wikitext", "missing.txt"], "a text to evaluate on must be a file; there is no missing.txt"),
+        (["--sst2", "wiki.txt"], "must have the columns sentence and label"),
+        (["--wikitext", "picture.png"], "picture.png"),
         (["--tokenizer", "."], "a tokenizer is vocab.json with merges.txt"),
         (["--size", "126m"], "size must be one of 125m"),
         (["--accumulate", "3"], "accumulate must divide batch; got accumulate=3, batch=4"),
@@ -188,6 +190,9 @@ def test_the_report_leaves_out_what_was_not_measured(finished):
 )
 def test_wrong_input_is_answered_in_a_sentence(files, tmp_path, monkeypatch, capsys, options, message):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(language_models, "train", None)  # it shows before
+    (tmp_path / "wiki.txt").write_text("no table")
+    (tmp_path / "picture.png").write_bytes(b"\x89PNG\xff")
     assert main(arguments(files, tmp_path / "runs", *options)) == 1
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error and error.count("\n") == 1

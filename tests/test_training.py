@@ -210,6 +210,32 @@ def test_a_training_that_stopped_anywhere_ends_the_same(tmp_path, uninterrupted,
     assert reported[0] == max(last // 5 * 5, 1) if last < 12 else reported == [12]
 
 
+def damage(checkpoint: Path) -> None:
+    """Truncates what holds the arrays."""
+    files = [path for path in checkpoint.rglob("*") if path.is_file() and "ocdbt" in str(path)]
+    assert files
+    for path in files:
+        os.truncate(path, path.stat().st_size // 2)
+
+
+def test_a_damaged_checkpoint_is_said_and_the_one_before_continued(tmp_path, uninterrupted, capfd, abandoned_reads):
+    whole, expected = uninterrupted
+    options: dict[str, Any] = {"objective": scheduled, "accumulate": 2}
+    train(tmp_path, **options)
+    assert sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir()) == [10, 12]
+    damage(tmp_path / "checkpoints" / "12")
+    reported = []
+    model, metrics = train(tmp_path, report=lambda row: reported.append(row["step"]), **options)
+    assert "the checkpoint of step 12 cannot be read" in capfd.readouterr().err and reported == [10, 11, 12]
+    assert [row["loss"] for row in metrics] == [row["loss"] for row in expected]
+    np.testing.assert_array_equal(model.out.kernel[...], whole.out.kernel[...])
+    for step in (10, 12):
+        damage(tmp_path / "checkpoints" / str(step))
+    with pytest.raises(ValueError, match="no checkpoint in .* can be read, that of step 12 for"):
+        train(tmp_path, **options)
+    assert sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir()) == [10, 12]  # nothing is removed
+
+
 KILLED = """
 import sys
 import test_training as t

@@ -127,7 +127,7 @@ def collect(
         ValueError: the folder is of another collection, an argument is out of range, or activations are not finite.
         OSError: no disk space is left (`errno.ENOSPC`); nothing half-written stays.
     """
-    check_windows(windows, batch)
+    check_windows(windows, batch, model)
     if unknown := [kind for kind in kinds if kind not in KINDS]:
         raise ValueError(f"kinds must be some of {', '.join(KINDS)}; got {', '.join(unknown)}")
     folder, kinds = Path(folder), tuple(kind for kind in KINDS if kind in kinds)

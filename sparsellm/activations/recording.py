@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int
 from sparsellm.checksum import checksum
 from sparsellm.mixture_of_experts import MixtureOfExperts
 from sparsellm.pruning.calibrate import RECORDED
+from sparsellm.text import check_tokens
 
 
 def see(graphdef: nnx.GraphDef, state: nnx.State, tokens: Int[Array, "batch length"]) -> list[dict[str, Array]]:
@@ -73,6 +74,10 @@ class _Parts:
         if not names or not (mixtures or hasattr(block, "feed_forward")):
             rule = "blocks must have self_attn with out_proj or o_proj, and feed_forward or experts"
             raise ValueError(f"{rule}, as OPT's and Mixtral's; got {type(block).__name__}")
+        projection = getattr(attention, names[0])
+        if type(projection) not in RECORDED:
+            rule = "activations are collected of a dense model, before it is compressed"
+            raise ValueError(f"{rule}; self_attn.{names[0]} is a {type(projection).__name__}")
         heads = attention.heads if hasattr(attention, "heads") else attention.config.heads
         return cls(names[0], mixtures[0] if mixtures else None, heads)
 
@@ -124,12 +129,13 @@ def fingerprint(model: Any) -> dict[str, Any]:
     return json.loads(json.dumps(described))  # as it is read back
 
 
-def check_windows(windows: np.ndarray, batch: int) -> None:
-    """Raises ValueError for what is no batch of windows."""
+def check_windows(windows: np.ndarray, batch: int, model: Any) -> None:
+    """Raises ValueError for what is no batch of windows of a model's tokens."""
     if windows.ndim != 2 or not windows.size:
         raise ValueError(f"windows must be [windows, length], at least one; got {list(windows.shape)}")
     if batch < 1 or len(windows) % batch:
         raise ValueError(f"batch must divide the number of windows; got batch={batch}, {len(windows)} windows")
+    check_tokens(windows, model)
 
 
 def check_finite(finite: list[dict[str, Any]], where: str) -> None:

@@ -46,7 +46,7 @@ def measure(
     Raises:
         ValueError: an argument is out of range, or activations are not finite.
     """
-    check_windows(windows, batch)
+    check_windows(windows, batch, model)
     if not all(1 <= span <= windows.shape[1] for span in spans):
         raise ValueError(f"spans must be 1 to {windows.shape[1]}, the length of a window; got spans={tuple(spans)}")
     graphdef, state = nnx.split(model)

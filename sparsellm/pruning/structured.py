@@ -24,6 +24,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Int32
 
 from sparsellm.objectives import next_token_loss
+from sparsellm.text import check_tokens
 
 # Parameters of a layer -> the dimension that is divided among its heads, or its neurons.
 HEADS = {
@@ -104,6 +105,7 @@ def parameter_importance(
     """|w g| or |w g - w^2 F / 2| of every parameter by its path, g and F means over windows; float32."""
     if not len(windows):
         raise ValueError("windows must hold at least one window; got none")
+    check_tokens(windows, model)
     graphdef, params = nnx.split(model, nnx.Param)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params)
     sums = (zeros, jax.tree.map(jnp.copy, zeros) if order == 2 else None)

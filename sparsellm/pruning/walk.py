@@ -28,6 +28,7 @@ from sparsellm.checksum import checksum
 from sparsellm.pruning.calibrate import add, check_layout, find_kernels, sum_inputs
 from sparsellm.pruning.method import Inputs, Method, Needs, check_sparsity, reconstruction_error
 from sparsellm.pruning.patterns import NM, Pattern, Unstructured
+from sparsellm.text import check_tokens
 from sparsellm.unstructured.linear import UnstructuredLinear
 
 type Row = dict[str, Any]
@@ -92,7 +93,7 @@ def walk(
         select: as for `prune`.
 
     Raises:
-        ValueError: no kernel is selected, or `batch` does not divide the windows.
+        ValueError: no kernel is selected, `batch` does not divide the windows, or they hold unknown tokens.
     """
     blocks = {f"layers.{i}": block for i, block in enumerate(model.layers)}
     kernels = {name: find_kernels(block, name, select) for name, block in blocks.items()}
@@ -103,6 +104,7 @@ def walk(
     if windows is not None:
         if not len(windows) or batch < 1 or len(windows) % batch:
             raise ValueError(f"batch must divide the number of windows; got batch={batch}, {len(windows)} windows")
+        check_tokens(windows, model)
         graphdef, state = nnx.split(model)
         calls = (first_call(graphdef, state, jnp.asarray(part)) for part in np.split(windows, len(windows) // batch))
         first, *arguments = next(calls)
