@@ -75,7 +75,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         return _execute(importlib.import_module(f"experiments.{name}"), rest)
     except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        print("\ninterrupted; the same command goes on from its last checkpoint, if it has left one", file=sys.stderr)
         return 130
     except ModuleNotFoundError as error:
         print(f"error: {error}; pip install 'sparsellm[experiments]' installs what experiments need", file=sys.stderr)
@@ -100,7 +100,7 @@ def _execute(module: ModuleType, arguments: Sequence[str]) -> int:
     if hasattr(module, "main"):
         return module.main(tyro.cli(module.Config, prog=prog, description=description, args=arguments, config=style))
 
-    from experiments.runs import Run
+    from experiments.runs import Run, check_variant, keep
 
     config = module.Config.smoke() if "--smoke" in arguments else module.Config()
     both = dataclasses.make_dataclass(
@@ -116,14 +116,17 @@ def _execute(module: ModuleType, arguments: Sequence[str]) -> int:
     )
     if chosen.options.smoke and chosen.options.keep:
         raise ValueError("--keep keeps a result worth quoting, which --smoke is not: leave one of them out")
-    if not (chosen.options.variant + "_").isidentifier() or (chosen.options.variant and not chosen.options.keep):
-        raise ValueError(f"--variant takes a word, with --keep; got {chosen.options.variant!r}")
-    with Run.start(name, chosen.config, root=chosen.options.runs, fresh=chosen.options.fresh) as run:
+    check_variant(chosen.options.variant)
+    if chosen.options.variant and not chosen.options.keep:
+        raise ValueError(f"--variant names a result, so it takes --keep; got {chosen.options.variant!r}")
+    command = f"{prog} {shlex.join(arguments)}"
+    where = {"root": chosen.options.runs, "fresh": chosen.options.fresh}
+    with Run.start(name, chosen.config, **where, command=command) as run:
         print(f"{'going on with' if run.continued else 'starting'} {run.folder}", flush=True)
         rows = module.run(chosen.config, run)
         run.finish(rows)
         if chosen.options.keep:
-            print(f"kept {run.keep(rows, command=f'{prog} {shlex.join(arguments)}', variant=chosen.options.variant)}")
+            print(f"kept {keep(run.folder, variant=chosen.options.variant)}")
     return 0
 
 

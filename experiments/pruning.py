@@ -3,10 +3,12 @@
     python -m experiments pruning --keep                          a small OPT, trained first
     python -m experiments pruning --source runs/quickstart/TIME   the model that quickstart has trained
     python -m experiments pruning --source FOLDER --corpus C4.txt --text WIKITEXT.txt
+    python -m experiments pruning --source FOLDER --corpus C4.txt --methods wanda --patterns unstructured --save
 
 Every method prunes the same model at every sparsity in every pattern it knows, calibrated on text that is not the one
 it is measured on. Heads and neurons are removed in turn, with and without recovery by LoRA. Killed at any point, the
-same command goes on after the last model it has pruned.
+same command goes on after the last model it has pruned. With `--save` each stays in the run's folder, with its
+tokenizer: `models/wanda_unstructured_50` is then a `--source` of generate, opt_decode_pruned or unstructured_spmm.
 
 A row a pruned model: its perplexity beside the dense one's, how many of its blocks' weights are left (`density`), and
 the mean relative error of its layers' outputs on the calibration set. Expected: SparseGPT best everywhere, the more so
@@ -18,6 +20,7 @@ weights are not missed, and the others fall as they may. Seen on an H200 with OP
 
 import dataclasses
 import json
+import re
 import sysconfig
 import time
 from collections.abc import Iterator
@@ -33,7 +36,7 @@ from rich.console import Console
 
 from experiments import language_models, options, quickstart
 from experiments.runs import Row, Run, markdown_table
-from models import OPT, PRESETS, OPTConfig, load_mixtral, load_opt
+from models import OPT, PRESETS, OPTConfig, load_mixtral, load_opt, save_mixtral, save_opt
 from sparsellm import evaluation, pruning, text, training
 from sparsellm.pruning import METHODS, NM, Pattern, Unstructured
 
@@ -64,6 +67,7 @@ class Config:
         calibration: windows to calibrate on.
         windows: windows to measure perplexity on, at most.
         batch: windows at once.
+        save: leave every pruned model in the run's folder, as models/METHOD_PATTERN_PERCENT.
         seed: of the weights, the split, and the order of windows.
     """
 
@@ -79,6 +83,7 @@ class Config:
     calibration: int = 128
     windows: int = 128
     batch: int = 8
+    save: bool = False
     seed: int = 0
 
     @classmethod
@@ -103,6 +108,7 @@ class Subject:
 
     name: str
     model: Any
+    tokenizer: text.Tokenizer
     train: Int32[np.ndarray, "windows length_plus_1"]
     held_out: Int32[np.ndarray, "held_out_windows length_plus_1"]
 
@@ -144,11 +150,28 @@ def run(config: Config, run: Run) -> list[Row]:
             "time_s": seconds,
         }
         print(f"{method:20} {row['pattern']:18} {row['sparsity']:.0%}  perplexity {row['perplexity']:.2f}", flush=True)
+        if config.save:
+            save(model, subject.tokenizer, run.folder / "models" / saved_name(method, row["pattern"], sparsity))
         rows.append(row)
         run.write("checkpoints/rows.json", json.dumps(rows))
     nnx.update(subject.model, jax.tree.map(jnp.asarray, dense))
     run.show(*readme({"rows": rows}))
     return rows
+
+
+def saved_name(method: str, pattern: str, sparsity: float) -> str:
+    """Of the folder of a pruned model: "wanda_unstructured_50"."""
+    return re.sub(r"[^\w.]+", "_", f"{method} {pattern} {100 * sparsity:g}")
+
+
+def save(model: Any, tokenizer: text.Tokenizer, folder: Path) -> None:
+    """Leaves a pruned model and its tokenizer, and says where."""
+    if isinstance(model, OPT):
+        save_opt(model, folder, overwrite=True)
+    else:
+        save_mixtral(model, folder, overwrite=True)
+    tokenizer.save(folder)
+    print(f"saved: {folder}", flush=True)
 
 
 def _check(config: Config) -> None:
@@ -172,7 +195,7 @@ def prepare(config: Config, run: Run) -> Subject:
         held_out = data.held_out
         if config.text is not None:
             held_out = _windows(data.tokenizer, text.read_corpus(config.text).documents, size.window)
-        return Subject(name=f"opt-{name}", model=model, train=data.train, held_out=held_out)
+        return Subject(name=f"opt-{name}", model=model, tokenizer=data.tokenizer, train=data.train, held_out=held_out)
     earlier = Path(config.source)
     model, kind, folder = load_model(config.source)
     tokenizer = text.load_tokenizer(folder)
@@ -190,7 +213,7 @@ def prepare(config: Config, run: Run) -> Subject:
         held_out = own.held_out
     if config.text is not None:
         held_out = _windows(tokenizer, text.read_corpus(config.text).documents, length)
-    return Subject(name=name, model=model, train=train, held_out=held_out)
+    return Subject(name=name, model=model, tokenizer=tokenizer, train=train, held_out=held_out)
 
 
 def _size(config: OPTConfig) -> str:

@@ -126,5 +126,6 @@ def _cell(value: Any) -> str:
 def _caption(result: dict[str, Any]) -> str:
     commit, _, changed = (result["commit"] or "").partition("-")
     commit = f", commit {commit[:8]}{' with changes' if changed else ''}" if commit else ""
+    commit += f", begun at {result['begun_at'][:8]}" if result.get("begun_at") else ""
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items() if name != "python")
     return f"{result['device']}, {versions}, {result['date']}{commit}: `{result['command']}`\n"

@@ -1,8 +1,9 @@
 """Runs and results: what an experiment leaves behind, written whole or not at all.
 
-A run is the folder `runs/<experiment>/<time>/`: config.json when it starts, whatever the experiment leaves on the way
-(checkpoints/ for as long as it can be continued), and rows.jsonl when it is finished. A result worth quoting is
-`experiments/results/<device>/<experiment>.json`, or `<experiment>.<variant>.json` for one more of the same experiment.
+A run is the folder `runs/<experiment>/<time>/`: config.json when it starts (and at which commits), whatever the
+experiment leaves on the way (checkpoints/ for as long as it can be continued), and rows.jsonl when it is finished. A
+result worth quoting is `experiments/results/<device>/<experiment>.json`, or `<experiment>.<variant>.json` for one more
+of the same experiment.
 """
 
 import dataclasses
@@ -43,7 +44,9 @@ class Run:
     _lock: IO[str] = dataclasses.field(repr=False)
 
     @classmethod
-    def start(cls, experiment: str, config: Any, *, root: Path = Path("runs"), fresh: bool = False) -> "Run":
+    def start(
+        cls, experiment: str, config: Any, *, root: Path = Path("runs"), fresh: bool = False, command: str = ""
+    ) -> "Run":
         """Continues the latest unfinished run of the same config on the same device, or starts a new one.
 
         Args:
@@ -51,20 +54,23 @@ class Run:
             config: its config, a dataclass.
             root: where runs are.
             fresh: start a new one in any case.
+            command: that this is, for whoever keeps its rows.
         """
         # By way of JSON, so that it compares with what an earlier process has written.
         described = json.loads(json.dumps(_described(experiment, config), default=str))
         if not fresh:
             for folder in sorted((root / experiment).glob("*/"), reverse=True):
-                if not (folder / "rows.jsonl").exists() and _read_json(folder / "config.json") == described:
+                found = {} if (folder / "rows.jsonl").exists() else _read_json(folder / "config.json") or {}
+                if described.items() <= found.items():
                     lock = _try_lock(folder)
                     if lock is not None:
+                        _write_config(folder, found | {"command": command}, found.get("commits", []))
                         return cls(experiment=experiment, folder=folder, continued=True, _lock=lock)
         folder = _new_folder(root / experiment)
         lock = _try_lock(folder)
         if lock is None:
             raise RuntimeError(f"another process has taken the run {folder} in the moment it was made")
-        write_atomically(folder / "config.json", json.dumps(described, indent=2) + "\n")
+        _write_config(folder, described | {"command": command}, [])
         return cls(experiment=experiment, folder=folder, continued=False, _lock=lock)
 
     def write(self, name: str, content: str | bytes) -> Path:
@@ -99,28 +105,40 @@ class Run:
             shutil.rmtree(self.folder)  # refused before it did anything: nothing to continue
         self._lock.close()
 
-    def keep(self, rows: Sequence[Row], *, command: str, variant: str = "", results: Path = RESULTS) -> Path:
-        """Keeps the rows as the result of this experiment on this device, in place of an earlier one.
 
-        Args:
-            rows: of the result.
-            command: that made them.
-            variant: a word for a result that is kept beside the experiment's own, of other options.
-            results: the folder of the kept results.
-        """
-        result = {
-            "experiment": self.experiment,
-            "device": jax.devices()[0].device_kind,
-            "versions": versions(),
-            "commit": _commit(),
-            "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-            "command": command,
-            "rows": list(rows),
-        }
-        lines = json.dumps({**result, "rows": []}, indent=2).removesuffix("[]\n}")
-        body = ",\n    ".join(json.dumps(row) for row in rows)  # a row a line: a new result shows as a readable diff
-        name = f"{self.experiment}.{variant}" if variant else self.experiment
-        return write_atomically(results / device_slug() / f"{name}.json", f"{lines}[\n    {body}\n  ]\n}}\n")
+def keep(folder: Path, *, variant: str = "", results: Path = RESULTS) -> Path:
+    """Keeps a finished run's rows as the result of its experiment on its device, in place of an earlier one.
+
+    Args:
+        folder: of the run.
+        variant: a word for a result that is kept beside the experiment's own, of other options.
+        results: the folder of the kept results.
+
+    Raises:
+        FileNotFoundError: the folder holds no finished run.
+        ValueError: it is one of `--smoke`, or the variant is no word.
+    """
+    config, path = _read_json(folder / "config.json"), folder / "rows.jsonl"
+    if config is None or not path.is_file():
+        raise FileNotFoundError(f"a finished run is a folder with config.json and rows.jsonl; {folder} is none")
+    if "--smoke" in config["command"].split():
+        raise ValueError(f"a kept result is worth quoting, which --smoke is not; got {folder}")
+    check_variant(variant)
+    rows, commits = path.read_text().splitlines(), config["commits"]
+    result = {name: config[name] for name in ("experiment", "device", "versions")}
+    result |= {"commit": commits[-1]} | ({"begun_at": commits[0]} if len(commits) > 1 else {})
+    finished = datetime.datetime.fromtimestamp(path.stat().st_mtime, datetime.UTC)
+    result |= {"date": finished.date().isoformat(), "command": config["command"]}
+    lines = json.dumps({**result, "rows": []}, indent=2).removesuffix("[]\n}")
+    body = ",\n    ".join(rows)  # a row a line: a new result shows as a readable diff
+    name = f"{result['experiment']}.{variant}" if variant else result["experiment"]
+    return write_atomically(results / slug(result["device"]) / f"{name}.json", f"{lines}[\n    {body}\n  ]\n}}\n")
+
+
+def check_variant(variant: str) -> None:
+    """Raises ValueError where a variant's name is no word."""
+    if not (variant + "_").isidentifier():
+        raise ValueError(f"--variant takes a word; got {variant!r}")
 
 
 def write_atomically(path: Path, content: str | bytes) -> Path:
@@ -146,9 +164,9 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in _PACKAGES}
 
 
-def device_slug() -> str:
-    """The device as a folder's name: "nvidia_h200", "cpu"."""
-    return jax.devices()[0].device_kind.lower().replace(" ", "_")
+def slug(device: str) -> str:
+    """A device as a folder's name: "nvidia_h200", "cpu"."""
+    return device.lower().replace(" ", "_")
 
 
 def markdown_table(rows: Iterable[Sequence[Any]], header: Sequence[str]) -> str:
@@ -172,6 +190,13 @@ def _described(experiment: str, config: Any) -> dict[str, Any]:
         "device": jax.devices()[0].device_kind,
         "versions": versions(),
     }
+
+
+def _write_config(folder: Path, config: dict[str, Any], commits: list[str | None]) -> None:
+    """Of a run; with the commits that it has run at, this one the last."""
+    commit = _commit()
+    commits = commits if commits[-1:] == [commit] else [*commits, commit]
+    write_atomically(folder / "config.json", json.dumps(config | {"commits": commits}, indent=2) + "\n")
 
 
 def _new_folder(parent: Path) -> Path:

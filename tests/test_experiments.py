@@ -106,8 +106,11 @@ def test_a_failed_write_leaves_the_file_as_it_was(tmp_path, monkeypatch):
 
 def test_a_kept_result_says_where_it_comes_from(tmp_path):
     rows = [{"granularity": "128x1", "time_us": 1.5}, {"granularity": "64x1", "time_us": 2.5, "mask": None}]
-    with runs.Run.start("some", SomeConfig(), root=tmp_path) as run:
-        path = run.keep(rows, command="python -m experiments some", results=tmp_path / "results")
+    with runs.Run.start("some", SomeConfig(), root=tmp_path, command="python -m experiments some") as run:
+        with pytest.raises(FileNotFoundError, match=r"a finished run is a folder .*; .* is none"):
+            runs.keep(run.folder, results=tmp_path / "results")
+        run.finish(rows)
+    path = runs.keep(run.folder, results=tmp_path / "results")
     assert path == tmp_path / "results" / "cpu" / "some.json"
     result = json.loads(path.read_text())
     assert list(result) == ["experiment", "device", "versions", "commit", "date", "command", "rows"]
@@ -119,10 +122,36 @@ def test_a_kept_result_says_where_it_comes_from(tmp_path):
 def test_a_result_of_other_options_is_kept_and_shown_beside_it(tmp_path):
     with runs.Run.start("some", SomeConfig(), root=tmp_path) as run:
         for variant, time in (("", 1.5), ("long", 2.5)):
-            run.keep([{"time_us": time}], command="it", variant=variant, results=tmp_path / "results")
+            run.finish([{"time_us": time}])
+            runs.keep(run.folder, variant=variant, results=tmp_path / "results")
     assert {path.name for path in (tmp_path / "results" / "cpu").iterdir()} == {"some.json", "some.long.json"}
     readme, _ = report.render("<!-- report:some -->\n<!-- /report:some -->", tmp_path / "results", tmp_path)
     assert readme.index("1.5") < readme.index("2.5")
+
+
+def test_a_result_says_at_which_commits_it_was_measured_not_kept(tmp_path, monkeypatch, capsys):
+    results = tmp_path / "results"
+    for commit in ("a" * 40, "b" * 40):
+        monkeypatch.setenv("SPARSELLM_COMMIT", commit)
+        with runs.Run.start("some", SomeConfig(), root=tmp_path, command="it") as run:
+            pass
+    run.finish([{"time_us": 1.5}])
+    monkeypatch.setenv("SPARSELLM_COMMIT", "c" * 40)
+    assert main(["keep", "--source", str(run.folder), "--variant", "late", "--results", str(results)]) == 0
+    assert capsys.readouterr().out == f"kept {results / 'cpu' / 'some.late.json'}\n"
+    (result,) = runs.read_results(results).values()
+    assert (result["begun_at"], result["commit"], result["command"]) == ("a" * 40, "b" * 40, "it")
+    readme, _ = report.render("<!-- report:some -->\n<!-- /report:some -->", results, tmp_path)
+    assert "commit bbbbbbbb, begun at aaaaaaaa: `it`" in readme
+    assert main(["keep", "--source", str(run.folder), "--variant", "two words"]) == 1
+    assert "error: --variant takes a word; got 'two words'" in capsys.readouterr().err
+
+
+def test_a_smoke_run_is_not_kept(tmp_path):
+    with runs.Run.start("some", SomeConfig(), root=tmp_path, command="python -m experiments some --smoke") as run:
+        run.finish([])
+    with pytest.raises(ValueError, match="a kept result is worth quoting, which --smoke is not"):
+        runs.keep(run.folder, results=tmp_path / "results")
 
 
 def test_a_markdown_table_is_aligned_and_puts_numbers_to_the_right():

@@ -15,11 +15,15 @@ from experiments.__main__ import main
 from experiments.runs import Run
 from models import OPTConfig
 from models.attention import place_tokens
-from sparsellm.pruning import METHODS, NM, Blocks, Unstructured, memory, prune
+from sparsellm.pruning import METHODS, NM, Blocks, Unstructured, memory, prune, walk
 from sparsellm.text import load_tokenizer
 
 CONFIG = dataclasses.replace(
-    pruning.Config.smoke(), methods=("magnitude", "wanda owl"), patterns=("unstructured", "4:8"), recovery_steps=1
+    pruning.Config.smoke(),
+    methods=("magnitude", "wanda owl"),
+    patterns=("unstructured", "4:8"),
+    recovery_steps=1,
+    save=True,
 )
 COLUMNS = {"model", "method", "pattern", "density", "sparsity", "perplexity", "dense_perplexity", "time_s"}
 
@@ -66,6 +70,22 @@ def test_a_row_for_every_pruned_model(finished):
         assert 0 < row.get("error", 0.5) < 1
     assert (run.folder / "pruning.png").stat().st_size > 1000
     assert len((run.folder / "rows.jsonl").read_text().splitlines()) == len(rows)
+
+
+def test_the_pruned_models_are_left_to_go_on_with(finished):
+    run, rows = finished
+    names = [pruning.saved_name(row["method"], row["pattern"], row["sparsity"]) for row in rows]
+    assert names[:2] == ["magnitude_unstructured_50", "wanda_owl_unstructured_50"]
+    assert {path.name for path in (run.folder / "models").iterdir()} == set(names)
+    for name, row in zip(names, rows, strict=True):
+        model, kind, folder = pruning.load_model(str(run.folder / "models" / name))
+        assert kind == "opt" and load_tokenizer(folder).vocab_size <= model.config.vocab_size
+        kernels = [kernel for block in walk(model) for kernel in block.kernels.values()]
+        if row["pattern"] == pruning.STRUCTURES:
+            assert model.config.layer_sizes is not None
+        else:
+            zeros = sum(int((kernel[...] == 0).sum()) for kernel in kernels) / sum(kernel.size for kernel in kernels)
+            assert 1 - zeros == pytest.approx(row["density"], abs=1e-3)
 
 
 def test_the_run_of_quickstart_is_taken_as_it_is(finished, tmp_path, monkeypatch):
