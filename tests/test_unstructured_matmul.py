@@ -13,6 +13,7 @@ from pallas_kernels.unstructured_matmul import (
     EXPAND_N,
     Config,
     UnstructuredWeights,
+    candidates,
     expand,
     layout,
     peers,
@@ -239,6 +240,25 @@ def test_nan_weights_and_nothing_to_multiply(compressed):
     nothing = UnstructuredWeights.from_dense(jnp.zeros((5, 0), jnp.bfloat16))
     out = unstructured_matmul(nothing, jnp.ones((0, 3), jnp.bfloat16), jnp.arange(5, dtype=jnp.bfloat16))
     np.testing.assert_array_equal(np.asarray(out, np.float32), np.arange(5.0)[:, None].repeat(3, 1))
+
+
+@pytest.mark.parametrize(
+    ("shape", "matrices", "warpgroups"),
+    [
+        ((20480, 5120), 1, 4),  # OPT-13B: 115 multiprocessors with 7 units of 16 strips, or 128 with 25 of 4
+        ((5120, 5120), 1, 4),
+        ((5120, 5120), 3, 4),
+        ((28672, 7168), 1, 4),
+        ((768, 768), 1, 1),  # OPT-125M: 6 units of 16 strips, or 24 of 4
+    ],
+)
+def test_few_warps_only_where_they_keep_many_more_multiprocessors_busy(shape, matrices, warpgroups):
+    values = jax.ShapeDtypeStruct((shape[0] * shape[1] * 3 // 10 // 64, 64), jnp.bfloat16)
+    kept = {"masks": None, "rows": None, "lags": None, "scales": None, "dtype": jnp.dtype("bfloat16"), "paired": False}
+    weights = UnstructuredWeights(values=values, shape=shape, **kept)
+    x = jax.ShapeDtypeStruct((shape[1], 16), jnp.bfloat16)
+    found = candidates((weights,) * matrices if matrices > 1 else weights, x)
+    assert found[0].warpgroups == warpgroups and len(found) == len(set(found)) == 5
 
 
 def test_bad_arguments_are_refused(compressed, unchecked):
