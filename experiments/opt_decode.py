@@ -17,10 +17,10 @@ model's name, and tokens are drawn evenly, so that a batch's differ as real ones
 neurons fire for a token, and of a batch of B sqrt(B) times as many. A batch for whose cache there is no room beside the
 model is left out, which is said.
 
-Seen on an H200, OPT-30B with predictors of rank 1024 in 8 bits: at batch 1 dense 15.0 ms and sparse 8.2, at batch 8
-15.8 and 9.9; half a minute a batch, and before them 45 s for transformers. OPT-66B fits beside its predictors with
+Seen on an H200, OPT-30B with predictors of rank 1024 in 8 bits: at batch 1 dense 15.2 ms and sparse 8.3, at batch 8
+16.0 and 10.1; half a minute a batch, and before them 45 s for transformers. OPT-66B fits beside its predictors with
 `XLA_PYTHON_CLIENT_MEM_FRACTION=0.98`, `--context 64` and `--steps 16`. By 8 bits a layer's two thin products take
-18 us at batch 1, by 16 bits 25. Of the 8.2 ms XLA's products are about 5.8, `neuron_ffn` 0.9 and 13 small
+18 us at batch 1, by 16 bits 25. Of 8.2 ms XLA's products are about 5.8, `neuron_ffn` 0.9 and 13 small
 launches a layer 1.3.
 """
 

@@ -12,9 +12,9 @@ from L2. `gbps` counts compressed bytes, `roof` is how many times fewer of them 
 of a kernel that reads as fast.
 
 Seen on an H200 for 28672 x 7168, against XLA's choice, the steadier one of the two (cuBLAS was seen at 95 and at 104
-us), at n = 8, 16 and 32: 1.6, 1.5 and 1.4 at 50%; 1.8, 1.7 and 1.6 at 70%; in pairs 2.1, 2.1 and 1.8 at 80%. Pairs are
-quicker from about 75% zeros on, with n = 32 from 70% on. A device without the kernel takes the xla
-path, which is slower than dense everywhere.
+us), at n = 8, 16 and 32: 1.5, 1.5 and 1.4 at 50%; 1.8, 1.7 and 1.6 at 70%; in pairs 2.1, 2.1 and 1.8 at 80%. Pairs are
+quicker from about 75% zeros on, with n = 32 from 70% on. At n = 64 it is 1.1, 1.3 and 1.5; and where W is 7168 x 7168,
+slower than cuBLAS up to 80%. A device without the kernel takes the xla path, which is slower than dense everywhere.
 """
 
 import dataclasses

