@@ -10,6 +10,7 @@ Expected there, in bfloat16 at 4096 squared: 9 to 10 us whatever the sparsity; r
 """
 
 import dataclasses
+import functools
 import itertools
 import sys
 from typing import Any
@@ -60,12 +61,12 @@ class Config:
 def run(config: Config, run: Run) -> list[Row]:
     """A row for each dtype, granularity and sparsity, and a figure."""
     products.require_gpu("index_construction")
-    rows = measure(config)
+    rows = measure(config, run)
     run.show(*readme({"rows": rows}))
     return rows
 
 
-def measure(config: Config, timer: Timer = cupti) -> list[Row]:
+def measure(config: Config, run: Run, timer: Timer = cupti) -> list[Row]:
     """Times and checks every index; peers first, while nothing else of this process is on the GPU.
 
     Raises:
@@ -83,10 +84,10 @@ def measure(config: Config, timer: Timer = cupti) -> list[Row]:
         )
         for dtype, t, s in itertools.product(config.dtypes, tiles, config.sparsities)
     ]
-    of_peers = [{} for _ in jobs] if config.no_peers else peers.measure(jobs)
+    of_peers = [{} for _ in jobs] if config.no_peers else run.remembered("torch", lambda: peers.measure(jobs))
     rows = []
-    for job, of_others in zip(jobs, of_peers, strict=True):
-        row = _measure(job.mask, job.dtype, timer)
+    for i, (job, of_others) in enumerate(zip(jobs, of_peers, strict=True)):
+        row = run.remembered(f"row_{i}", functools.partial(_measure, job.mask, job.dtype, timer))
         rows.append(row | {"to_sparse_csr_us": of_others.get("cusparse_index_us")})
         print(", ".join(f"{name} {value}" for name, value in rows[-1].items()), flush=True)
     return rows

@@ -12,6 +12,7 @@ own (32x1, 1x64, 32x64) are covered by the plan that the cost model picks, dense
 """
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -73,12 +74,12 @@ class Config:
 def run(config: Config, run: Run) -> list[Row]:
     """A row for each dtype, mask, granularity and sparsity, and a figure."""
     products.require_gpu("matmul_sparsity")
-    rows = measure(config)
+    rows = measure(config, run)
     run.show(*readme({"rows": rows}))
     return rows
 
 
-def measure(config: Config, timer: Timer = cupti) -> list[Row]:
+def measure(config: Config, run: Run, timer: Timer = cupti) -> list[Row]:
     """Times and checks every product; peers first, while nothing else of this process is on the GPU.
 
     Raises:
@@ -94,10 +95,10 @@ def measure(config: Config, timer: Timer = cupti) -> list[Row]:
         peers.Job(mask=Mask(kind=kind, rows=t.rows, cols=t.cols, sparsity=s, **size), n=config.n, dtype=dtype)
         for dtype, kind, t, s in itertools.product(config.dtypes, config.masks, tiles, config.sparsities)
     ]
-    of_peers = [{} for _ in jobs] if config.no_peers else peers.measure(jobs)
+    of_peers = [{} for _ in jobs] if config.no_peers else run.remembered("torch", lambda: peers.measure(jobs))
     rows = []
-    for job, of_others in zip(jobs, of_peers, strict=True):
-        row = measure_product(job.mask, job.n, job.dtype, timer)
+    for i, (job, of_others) in enumerate(zip(jobs, of_peers, strict=True)):
+        row = run.remembered(f"row_{i}", functools.partial(measure_product, job.mask, job.n, job.dtype, timer))
         rows.append(row | of_others)
         said = f"{row['time_us']} us, {row['with_index_us']} with finding the index, dense {row['dense_us']}"
         print(f"{_named(job.mask)}, {job.dtype}, by {row['plan']}: {said}", flush=True)

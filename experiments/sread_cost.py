@@ -11,6 +11,7 @@ have few steps; at 64x1 half as much again, as its tile reads B twice as often. 
 """
 
 import dataclasses
+import functools
 import itertools
 from typing import Any
 
@@ -58,12 +59,12 @@ class Config:
 def run(config: Config, run: Run) -> list[Row]:
     """A row for each dtype, granularity and sparsity, and a figure."""
     products.require_gpu("sread_cost")
-    rows = measure(config)
+    rows = measure(config, run)
     run.show(*readme({"rows": rows}))
     return rows
 
 
-def measure(config: Config, timer: Timer = cupti) -> list[Row]:
+def measure(config: Config, run: Run, timer: Timer = cupti) -> list[Row]:
     """Times and checks every product.
 
     Raises:
@@ -75,8 +76,8 @@ def measure(config: Config, timer: Timer = cupti) -> list[Row]:
     for dtype in config.dtypes:
         tolerance(dtype)
     rows = []
-    for dtype, tile_rows, sparsity in itertools.product(config.dtypes, config.rows, config.sparsities):
-        rows.append(_measure(config, dtype, tile_rows, sparsity, timer))
+    for i, cell in enumerate(itertools.product(config.dtypes, config.rows, config.sparsities)):
+        rows.append(run.remembered(f"row_{i}", functools.partial(_measure, config, *cell, timer)))
         print(", ".join(f"{name} {value}" for name, value in rows[-1].items()), flush=True)
     return rows
 

@@ -13,6 +13,7 @@ import pytest
 from experiments import index_construction, matmul_sparsity, peers, plan_choice, products, sread_cost
 from experiments.__main__ import main
 from experiments.masks import KINDS, Mask
+from experiments.runs import Run
 from sparsellm.micro_tiles import MicroTile
 from sparsellm.plan import Plan
 
@@ -22,6 +23,12 @@ KEPT = Path(matmul_sparsity.__file__).parent / "results" / "nvidia_h200" / "matm
 def timer(function, arguments: list[Any], iterations: int):
     """Runs the function; every call of it took 12 us."""
     return function(*arguments), [12.0] * iterations
+
+
+@pytest.fixture
+def run(tmp_path):
+    with Run.start("matmul_sparsity", SMALL, root=tmp_path) as run:
+        yield run
 
 
 def mask(**fields) -> Mask:
@@ -139,12 +146,12 @@ def test_the_bound_is_that_of_what_is_live(monkeypatch):
 SMALL = dataclasses.replace(matmul_sparsity.Config.smoke(), m=128, n=64, k=128, no_peers=True)
 
 
-def test_matmul_sparsity_gives_a_checked_row_for_each_product():
+def test_matmul_sparsity_gives_a_checked_row_for_each_product(run):
     granularities = ("128x1", "32x1", "1x64", "32x64")
     config = dataclasses.replace(
         SMALL, dtypes=("float32",), granularities=granularities, masks=("clustered",), sparsities=(0.0, 0.9)
     )
-    rows = matmul_sparsity.measure(config, timer)
+    rows = matmul_sparsity.measure(config, run, timer)
     assert [(row["granularity"], row["sparsity"]) for row in rows] == [(g, s) for g in granularities for s in (0, 0.9)]
     for row in rows:
         assert row["time_us"] == row["with_index_us"] == row["dense_us"] == 12
@@ -155,19 +162,19 @@ def test_matmul_sparsity_gives_a_checked_row_for_each_product():
     assert "cuBLAS, dense" in text and figures["matmul_sparsity.png"].startswith(b"\x89PNG")
 
 
-def test_matmul_sparsity_keeps_no_row_that_is_wrong():
+def test_matmul_sparsity_keeps_no_row_that_is_wrong(run):
     def broken(function, arguments, iterations):
         out, times = timer(function, arguments, iterations)
         return jax.tree.map(lambda x: x + jnp.ones_like(x), out), times
 
     with pytest.raises(RuntimeError, match="128x1 random at 90% by k 128x1: error .* is above"):
-        matmul_sparsity.measure(SMALL, broken)
+        matmul_sparsity.measure(SMALL, run, broken)
 
 
 @pytest.mark.parametrize("name", ["dtypes", "granularities", "masks", "sparsities"])
-def test_matmul_sparsity_refuses_to_measure_nothing(name):
+def test_matmul_sparsity_refuses_to_measure_nothing(name, run):
     with pytest.raises(ValueError, match=f"{name} must hold something; got none"):
-        matmul_sparsity.measure(dataclasses.replace(SMALL, **{name: ()}), timer)
+        matmul_sparsity.measure(dataclasses.replace(SMALL, **{name: ()}), run, timer)
 
 
 def rows_at(times: dict[float, float], **fields) -> list[dict[str, Any]]:
@@ -253,7 +260,7 @@ def test_the_peers_run_and_are_right():
 # sread_cost, index_construction
 
 
-def test_sread_cost_reads_the_same_columns_three_ways():
+def test_sread_cost_reads_the_same_columns_three_ways(run):
     given = []
 
     def watched(function, arguments, iterations):
@@ -261,7 +268,8 @@ def test_sread_cost_reads_the_same_columns_three_ways():
         return function(*arguments), [{0: 30.0, 1: 25.0, 2: 20.0}[(len(given) - 1) % 3]]
 
     config = dataclasses.replace(sread_cost.Config.smoke(), m=160, n=32, k=64, rows=(128, 64), sparsities=(0.0, 0.75))
-    rows = sread_cost.measure(config, watched)
+    rows = sread_cost.measure(config, run, watched)
+    assert sread_cost.measure(config, run, watched) == rows and len(given) == 12  # those of the first time
     assert [(row["granularity"], row["listed"]) for row in rows] == [
         ("128x1", 64), ("128x1", 16), ("64x1", 64), ("64x1", 16)
     ]  # fmt: skip
@@ -276,14 +284,19 @@ def test_sread_cost_reads_the_same_columns_three_ways():
     assert "50%" in sread_cost.readme({"rows": rows})[0]
 
 
-def test_index_construction_checks_what_it_times():
+def test_index_construction_checks_what_it_times(tmp_path):
     config = dataclasses.replace(
         index_construction.Config.smoke(),
         m=130, k=70, dtypes=("float32",), granularities=("16x1", "1x16", "16x8"), sparsities=(0.7,),
         no_peers=True,
     )  # fmt: skip
     empty = dataclasses.replace(config, granularities=("16x1",), sparsities=(1.0,))
-    rows = index_construction.measure(config, timer) + index_construction.measure(empty, timer)
+
+    def measure(config, timer=timer):
+        with Run.start("index_construction", config, root=tmp_path, fresh=True) as run:
+            return index_construction.measure(config, run, timer)
+
+    rows = measure(config) + measure(empty)
     assert [row["granularity"] for row in rows] == ["16x1", "1x16", "16x8", "16x1"]
     assert all(row["index_us"] == row["nonzero_us"] == row["cusparse_us"] == 12 for row in rows)
     assert "to_sparse_csr" in index_construction.readme({"rows": rows})[0]
@@ -293,7 +306,7 @@ def test_index_construction_checks_what_it_times():
         return dataclasses.replace(out, counts=out.counts - 1), times
 
     with pytest.raises(RuntimeError, match="16x1 at 70%: the index does not list what is live"):
-        index_construction.measure(config, one_too_few)
+        measure(config, one_too_few)
 
 
 # plan_choice
