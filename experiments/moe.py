@@ -130,12 +130,6 @@ def product_reference(
     return lax.scan(add, zeros, (jnp.arange(len(w), dtype=jnp.int32), w))[0]
 
 
-@jax.jit
-def relative_error(out: Float[Array, "rows N"], expected: Float[Array, "rows N"]) -> Float[Array, ""]:
-    """RMS of the difference over that of what is expected, in float32."""
-    return jnp.linalg.norm(out.astype(jnp.float32) - expected) / jnp.linalg.norm(expected)
-
-
 class OneHot(nnx.Module):
     """A layer with its own routing and parameters, computed by `one_hot`."""
 

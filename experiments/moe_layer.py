@@ -178,7 +178,7 @@ def _time_and_check(
                 raise
             print(f"{name}, {layer}: {failed}", flush=True)
             continue
-        error = float(moe.relative_error(out[sample], expected))
+        error = float(products.relative_error(out[sample], expected))
         if name == "time":
             again = function(*arguments)
             row |= {"error": error, "deterministic": bool(jnp.array_equal(out, again))}

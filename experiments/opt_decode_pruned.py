@@ -34,12 +34,13 @@ from jax.sharding import Mesh, NamedSharding
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
-from experiments import moe, opt, options
+from experiments import opt, options, products
 from experiments.runs import Row, Run, markdown_table
 from models import OPT, OPTConfig
 from sparsellm import memory
 from sparsellm.sharding import parameter_sharding
 from sparsellm.unstructured import Treatment, UnstructuredLinear, apply_all, compress, compressed_layers
+from sparsellm.unstructured.rules import BREAK_EVEN
 
 CONDITIONS = "weights", "context"  # columns that readers have to know
 TOLERANCES = {"bfloat16": 1e-2, "float16": 5e-3, "float32": 1e-5}
@@ -124,12 +125,17 @@ def measure_model(config: Config, model: str, sparsity: float | None) -> list[Ro
         if any(compressed_layers(loaded)):
             message = "source must be a pruned model that is not compressed, to be timed dense too; got "
             raise ValueError(message + model)
+        treatment = Treatment(paired=config.paired)
+        densities = [_density(layer.kernel[...]) for block in loaded.layers for layer in _linears(block).values()]
+        if not any(map(treatment.compresses, densities)):
+            rule = f"source must be a pruned model: layers with at most {BREAK_EVEN:.0%} non-zeros are compressed"
+            raise ValueError(f"{rule}; those of {model} have {min(densities):.0%} and more")
         named: Row = {"model": model.rstrip("/").rpartition("/")[2], "weights": "pruned"}
         rows = [_measure(config, loaded, named | {"variant": "dense"}, batch, {}) for batch in config.batches]
         found: list[Row] = []
         middle = _linears(loaded.layers[len(loaded.layers) // 2])
         kernels = {name: layer.kernel[...] for name, layer in middle.items()}
-        compress(loaded, [("", Treatment(paired=config.paired))], report=found.append)
+        compress(loaded, [("", treatment)], report=found.append)
         zeros = 1 - sum(r["density"] * r["dense_bytes"] for r in found) / sum(r["dense_bytes"] for r in found)
         paired = any(layer.paired for _, layer in compressed_layers(loaded))
         named |= {"variant": _variant(paired), "sparsity": round(zeros, 4)}
@@ -281,8 +287,12 @@ def _error(graphdef, state, kernels: dict[str, Array], x: dict[str, Array]) -> F
     for name, kernel in kernels.items():
         wide, bias = (a.astype(jnp.float32) for a in (kernel, layers[name].bias[...]))
         expected = jnp.dot(x[name].astype(jnp.float32), wide, precision=jax.lax.Precision.HIGHEST) + bias[None]
-        errors.append(moe.relative_error(outputs[name], expected))
+        errors.append(products.relative_error(outputs[name], expected))
     return jnp.stack(errors).max()
+
+
+def _density(kernel: Float[Array, "in out"]) -> float:
+    return int(jnp.count_nonzero(kernel)) / kernel.size
 
 
 def _linears(block: Any) -> dict[str, Any]:
@@ -317,11 +327,11 @@ def _number(value: float | None) -> str:
 
 
 def _label(row: Row) -> str:
-    return f"{row['model']}, {_zeros(row)} zeros, batch {row['batch']}"
+    return f"{row['model']}, zeros: {_zeros(row)}, batch {row['batch']}"
 
 
 def _zeros(row: Row) -> str:
-    return f"{row['sparsity']:.0%}{', paired' * (row['variant'] == 'paired')}"
+    return "dense" if row["variant"] == "dense" else f"{row['sparsity']:.0%}{', paired' * (row['variant'] == 'paired')}"
 
 
 def _plot(axes, rows: list[Row]) -> None:

@@ -179,7 +179,7 @@ def run(config: Config, run: Run) -> list[Row]:
 def _check(config: Config) -> None:
     """What would otherwise show only after the training."""
     options.check_known(config, "methods", METHODS)
-    options.check_least(config, 1, "epochs", "training", "windows", "batch", "prompt_tokens", "new_tokens")
+    options.check_least(config, 1, "rank", "epochs", "training", "windows", "batch", "prompt_tokens", "new_tokens")
     for name in ("training", "windows"):
         if getattr(config, name) % config.batch:
             raise ValueError(f"batch must divide {name}; got batch={config.batch}, {name}={getattr(config, name)}")
@@ -218,7 +218,7 @@ def prepare(config: Config, run: Run) -> Subject:
         parts[name] = np.ascontiguousarray(part[: len(part) // batch * batch])
         if not len(parts[name]):
             raise ValueError(f"batch must be at most the {len(part)} windows of text to {name}; got batch={batch}")
-    rank = config.rank or max(model.config.d_model // 8, 1)
+    rank = max(model.config.d_model // 8, 1) if config.rank is None else config.rank
     _check_model(config, model, rank, parts["test"])
     kinds = ["ffn_inputs", "fires"] + ["hidden"] * bool({"ahead", "heads"} & set(config.methods))
     kinds += ["head_norms"] * ("heads" in config.methods)

@@ -32,13 +32,14 @@ import jax
 from flax import nnx
 from rich.console import Console
 
-from experiments import figures, language_models
+from experiments import figures, language_models, options
 from experiments.language_models import Data
 from experiments.runs import Row, Run, markdown_table
-from models import OPT, OPTConfig, save_opt
+from models import OPT, PRESETS, OPTConfig, save_opt
 from pallas_kernels.workbench.gpus import find_gpu
 from sparsellm import evaluation, text, training
 from sparsellm.objectives import l1_objective, sine_stages
+from sparsellm.sharding import create_model
 
 COMPILING = 3  # steps that are left out of the median time
 TINY = {"layers": 2, "d_model": 32, "heads": 2, "d_ff": 128}
@@ -120,6 +121,7 @@ class Config:
 
 def run(config: Config, run: Run) -> list[Row]:
     """A row of what came of it, then one for each step; leaves the model, and figures."""
+    options.check_known(config, "size", ("tiny", *PRESETS))
     train_config, weight = training_config(config), l1_weight(config)
     for path in (config.wikitext, config.sst2):
         if path is not None and not path.is_file():
@@ -141,7 +143,8 @@ def run(config: Config, run: Run) -> list[Row]:
             held_out=config.held_out,
             seed=config.seed,
         )
-        model = OPT(model_config(config, data.tokenizer.vocab_size), rngs=nnx.Rngs(config.seed))
+        sizes = model_config(config, data.tokenizer.vocab_size)
+        model = create_model(lambda: OPT(sizes, rngs=nnx.Rngs(config.seed)))  # refused where it does not fit
         gpu = find_gpu(jax.devices()[0].device_kind)
         flops = training_flops(model.config, config.length)
         metrics = language_models.train(

@@ -137,7 +137,7 @@ def _error(out, a_t, b, lists, tile_rows):
     blocks = lists.shape[0]
     live = jnp.zeros((blocks, a_t.shape[0]), bool).at[jnp.arange(blocks)[:, None], lists].set(True)
     live = jnp.repeat(live, tile_rows, axis=0)[: a_t.shape[1]]
-    return products.relative_error(out, jnp.where(live, a_t.T, 0), b)
+    return products.product_error(out, jnp.where(live, a_t.T, 0), b)
 
 
 def readme(result: dict[str, Any]) -> tuple[str, dict[str, bytes]]:

@@ -196,7 +196,7 @@ def measure_matrix(config: Config, problem: Problem, timer: Timer) -> list[Row]:
             row |= {"over_xla": round(xla_us / time_us, 3), "gbps": round(weights.nbytes / time_us / 1e3, 1)}
             expected = w if kind[0] == "dtype" else weights.to_dense()  # 8 bits round, which is no error of the product
             row["bound_us"] = _bound_us(weights, x)
-            row["error"] = float(products.relative_error(outputs[kind].T, expected, x.T))
+            row["error"] = float(products.product_error(outputs[kind].T, expected, x.T))
             if not row["error"] <= TOLERANCE:
                 raise RuntimeError(f"{_label(row)}: error {row['error']:.1e} is above {TOLERANCE}")
             said = f"cuBLAS {dense_us}, {row['speedup']}x, XLA {xla_us}, {row['over_xla']}x"

@@ -21,6 +21,7 @@ from experiments.__main__ import main
 from experiments.runs import Run
 from models import OPT, OPTConfig, feed_forward, save_opt, with_predictors
 from sparsellm.predictors import LowRankPredictor, save_predictors
+from sparsellm.unstructured import Treatment, compress
 
 CONFIG = dataclasses.replace(opt_decode.Config.smoke(), batches=(2,))
 
@@ -120,6 +121,10 @@ def test_a_checkpoint_decodes_with_its_own_predictors(tmp_path, monkeypatch):
     assert (serving.layers[0].prediction, reference.layers[0].prediction) == ("lists", "mask")
     assert serving.layers[0].per_sequence and reference.layers[0].per_sequence
     np.testing.assert_array_equal(serving.layers[0].predictor.down[...], made[0].down[...])
+    save_opt(compress(model, [("", Treatment(max_density=1.0))]), tmp_path / "compressed")
+    serve = dataclasses.replace(serve, source=str(tmp_path / "compressed"), predictors=None)
+    assert [row["variant"] for row in opt_serving.measure(serve)] == ["compressed"]
+    serve = dataclasses.replace(serve, predictors=folders["predictors"])
     with pytest.raises(ValueError, match="predictors must be a source's; got predictors=.* and no source"):
         opt_serving.measure(dataclasses.replace(serve, source=None))
 

@@ -177,6 +177,7 @@ def test_readme_shows_a_line_a_wish_and_a_line_a_batch():
     [
         (["--methods", "oracle"], "methods must be some of"),
         (["--batch", "0"], "batch must be at least 1; got batch=0"),
+        (["--rank", "0"], "rank must be at least 1; got rank=0"),
         (["--training", "12"], "batch must divide training; got batch=8, training=12"),
         (["--recalls", "1.5"], "recalls must lie between 0 and 1"),
         (["--budgets", "0"], "budgets must be above 0"),

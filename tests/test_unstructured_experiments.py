@@ -27,11 +27,14 @@ def timer(function, arguments: list[Any], iterations: int):
     return function(*arguments), [12.0] * iterations
 
 
+def small_opt() -> OPT:
+    return OPT(OPTConfig(vocab_size=64, layers=1, d_model=32, heads=2, d_ff=32, max_length=64), rngs=nnx.Rngs(0))
+
+
 @pytest.fixture(scope="module")
 def pruned(tmp_path_factory) -> Path:
     """A small OPT with 30% of its weights left."""
-    config = OPTConfig(vocab_size=64, layers=1, d_model=32, heads=2, d_ff=32, max_length=64)
-    model = OPT(config, rngs=nnx.Rngs(0))
+    model = small_opt()
     rng = np.random.default_rng(0)
     for _, module in nnx.iter_modules(model):
         if type(module) is nnx.Linear:
@@ -142,7 +145,7 @@ def test_decoding_is_measured_dense_and_compressed(tmp_path, capsys):
         assert row["model"] == "opt-tiny" and row["batch"] == 2 and row["weights"] == "random"
         assert row["tokens_per_second"] == pytest.approx(2e3 / row["time_ms"], rel=0.01)
         assert row["transformers_time_ms"] is None and row["memory_gib"] >= row["weights_gib"]
-    assert (folder / "opt_decode_pruned.png").exists() and "| opt-tiny |   70% |" in capsys.readouterr().out
+    assert (folder / "opt_decode_pruned.png").exists() and "| opt-tiny | 70%   |" in capsys.readouterr().out
 
 
 def test_a_random_model_is_never_dense_as_a_whole(monkeypatch):
@@ -193,6 +196,18 @@ def test_a_pruned_model_is_measured_as_it_is_and_compressed(pruned, monkeypatch)
     assert dense["model"] == sparse["model"] == "pruned" and dense["weights"] == "pruned"
 
 
+def test_a_source_that_is_not_pruned_is_refused(tmp_path):
+    save_opt(small_opt(), tmp_path / "whole")
+    with pytest.raises(ValueError, match="at most 60% non-zeros are compressed; those of .*whole have 100% and more"):
+        opt_decode_pruned.measure_model(DECODE, str(tmp_path / "whole"), None)
+
+
+def test_zeros_alone_are_right():
+    """Nothing is divided by what is expected where that is zero."""
+    model, kernels = opt_decode_pruned.random_opt(opt.config_of("tiny", "float32"), 1.0, jax.random.key(0))
+    assert opt_decode_pruned.check_block(model, kernels, DECODE) == {2: 0}
+
+
 def test_a_source_that_is_compressed_already_is_refused(pruned, tmp_path):
     save_opt(compress(load_opt(pruned)), tmp_path / "a")
     with pytest.raises(ValueError, match="source must be a pruned model that is not compressed, .*; got .*/a"):
@@ -210,7 +225,7 @@ def test_what_does_not_fit_is_said_and_not_made(monkeypatch, capsys):
     blocks = 24 * 12 * 2048**2  # all other parameters stay dense
     assert pruned == pytest.approx(2 * (1.316e9 - blocks) + 1.1 * (0.6 + 1 / 8) * blocks, rel=0.01)
     text, _ = opt_decode_pruned.readme({"rows": [row]})
-    assert "| opt-1.3b |    0% |     2 |          – |" in text
+    assert "| opt-1.3b | dense |     2 |          – |" in text
 
 
 def test_the_largest_batch_is_reckoned_from_bytes(monkeypatch):
