@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
-from jaxtyping import Array
+from jaxtyping import Array, Int
 
 from sparsellm import decoding, memory
 from sparsellm.decoding import LanguageModel
@@ -23,7 +23,7 @@ SMALLEST_BUCKET = 32
 
 def generate(
     model: LanguageModel,
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[Sequence[int]] | Int[np.ndarray, "prompts length"],
     *,
     max_new_tokens: int,
     temperature: float = 0.0,
@@ -37,7 +37,7 @@ def generate(
 
     Args:
         model: the language model.
-        prompts: token ids; lengths may differ.
+        prompts: token ids; lengths may differ, or an array of equal ones.
         max_new_tokens: the most tokens to add to a prompt.
         temperature: 0 takes the likeliest token; above, logits are divided by it and a token is drawn.
         top_k: draw among the k likeliest tokens only (those as likely as the k-th stay in).
@@ -63,6 +63,7 @@ def generate(
         None if top_k is None else np.int32(min(top_k, model.config.vocab_size)),
         None if top_p is None or top_p == 1 else np.float32(top_p),
     )
+    prompts = list(prompts)
     tokens, packing = pack(prompts, size=_bucket(sum(map(len, prompts))), length=_bucket(max(map(len, prompts))))
     chunk, chunks = _chunks(max_new_tokens)
     slots = packing.length + chunk * chunks
@@ -106,16 +107,19 @@ def _bucket(length: int) -> int:
     return bucket(max(length, SMALLEST_BUCKET), 8)
 
 
-def check_prompt(config: Any, name: str, prompt: Sequence[int], max_new_tokens: int) -> None:
+def check_prompt(config: Any, name: str, prompt: Any, max_new_tokens: int) -> None:
     """Raises ValueError unless the model can continue this prompt by so many tokens; `name` is what to call it."""
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1; got {max_new_tokens}")
-    if not len(prompt):
+    ids = np.asarray(prompt)
+    if ids.ndim != 1:
+        raise ValueError(f"a prompt must be a sequence of token ids; {name} is {prompt!r}")
+    if not ids.size:
         raise ValueError(f"a prompt must hold at least one token (</s> starts a text); {name} is empty")
-    if not np.issubdtype(np.asarray(prompt).dtype, np.integer):
-        raise ValueError(f"token ids must be integers; {name} holds {np.asarray(prompt).dtype}")
-    outside = [token for token in prompt if not 0 <= token < config.vocab_size]
-    if outside:
+    if not np.issubdtype(ids.dtype, np.integer):
+        raise ValueError(f"token ids must be integers; {name} holds {ids.dtype}")
+    outside = ids[(ids < 0) | (ids >= config.vocab_size)]
+    if outside.size:
         raise ValueError(f"token ids must be in [0, {config.vocab_size}); {name} holds {outside[0]}")
     if len(prompt) + max_new_tokens > config.max_length:
         raise ValueError(
@@ -125,7 +129,7 @@ def check_prompt(config: Any, name: str, prompt: Sequence[int], max_new_tokens: 
 
 
 def _check(config, prompts, max_new_tokens: int, temperature: float, top_k, top_p, key) -> None:
-    if not prompts:
+    if not len(prompts):
         raise ValueError("prompts must hold at least one prompt; got none")
     for i, prompt in enumerate(prompts):
         check_prompt(config, f"prompt {i}", prompt, max_new_tokens)

@@ -371,6 +371,25 @@ def test_greedy_takes_the_first_of_equals():
     assert sample(jnp.stack([jnp.asarray(LOGITS[:5]), jnp.asarray(TIED)]), jax.random.key(0), None).tolist() == [4, 1]
 
 
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ("a text", "a prompt must be a sequence of token ids; it is 'a text'"),
+        (3, "a prompt must be a sequence of token ids; it is 3"),
+        ([3.0], "token ids must be integers; it holds float64"),
+    ],
+)
+def test_what_is_no_prompt(prompt, message):
+    with pytest.raises(ValueError, match=message):
+        generation.check_prompt(COUNTER.config, "it", prompt, 1)
+
+
+def test_rows_of_an_array_are_prompts():
+    assert generate(COUNTER, np.array([[3, 4], [5, 6]]), max_new_tokens=2) == generate(
+        COUNTER, [[3, 4], [5, 6]], max_new_tokens=2
+    )
+
+
 def test_more_than_the_vocabulary_is_the_vocabulary():
     options = {"max_new_tokens": 12, "temperature": 1.0, "key": jax.random.key(0), "eos_id": -1}
     every = generate(RANDOM, [[3], [4]], **options)

@@ -19,7 +19,7 @@ from sparsellm.explain import explain
 from sparsellm.mixture_of_experts import LinearRouter, MixtureOfExperts, RouterRule
 from sparsellm.pruning import MAGNITUDE, METHODS, NM, RIA, WANDA, Blocks, SparseGPT, Unstructured, memory, prune
 from sparsellm.pruning.calibrate import sum_inputs
-from sparsellm.pruning.walk import prune_kernel
+from sparsellm.pruning.walk import _sparsities, prune_kernel
 from sparsellm.sparse_dot import sparse_dot
 from sparsellm.sparsify import Rule, sparsify
 
@@ -260,6 +260,11 @@ def test_a_killed_pruning_goes_on_where_it_was(tmp_path):
     for model, change in [(other, {}), *((tiny_opt(), change) for change in changes)]:
         with pytest.raises(ValueError, match="folder must be of the same pruning"):
             prune(model, WANDA, **options | change, folder=tmp_path)
+
+
+def test_a_name_is_no_method():
+    with pytest.raises(ValueError, match="method must be a pruning method, such as METHODS.*; got 'wanda'"):
+        _sparsities(tiny_opt(), "wanda", Unstructured(), 0.5, windows(), False, "")
 
 
 def test_a_method_has_one_name_in_every_process():

@@ -250,6 +250,8 @@ def first_call(graphdef: nnx.GraphDef, state: nnx.State, tokens: Int[Array, "bat
 
 def _sparsities(model, method, pattern, sparsity, windows, errors, select) -> dict[str, float]:
     """The sparsity of each kernel to prune, by its path; raises ValueError for what cannot be."""
+    if not callable(getattr(method, "check", None)):
+        raise ValueError(f"method must be a pruning method, such as METHODS['wanda']; got {method!r}")
     method.check(pattern)
     check_layout(model)
     for path, module in nnx.iter_modules(model):
