@@ -147,7 +147,7 @@ def transposed(index: MicroTileIndex) -> MicroTileIndex:
 def in_pairs(index: MicroTileIndex) -> MicroTileIndex:
     """Each two blocks as one, which lists what either of them does."""
     mask = index.mask()
-    mask = jnp.pad(mask, ((0, mask.shape[0] % 2), (0, 0))).reshape(-1, 2, mask.shape[1])
+    mask = jnp.pad(mask, ((0, mask.shape[0] % 2), (0, 0))).reshape((mask.shape[0] + 1) // 2, 2, mask.shape[1])
     indices, counts = compact(mask.any(axis=1))
     return MicroTileIndex(indices=indices, counts=counts, rows=2 * index.rows, cols=index.cols)
 

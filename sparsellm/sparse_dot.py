@@ -48,6 +48,9 @@ def sparse_dot(
     that is all zero gets no gradient, as behind a ReLU, while zeros inside a live one do. The dense plan skips nothing.
     Under shard_map micro-tiles are those of the shard: give a mask where the gradient must not depend on it.
 
+    What is not finite in one operand may meet the other's zeros, which gives NaN as in a dense product, or be skipped
+    with them: that depends on the plan, the implementation, and how much is live.
+
     Args:
         a: [..., M, K]; bfloat16, float16, float32, or float8_e4m3fn, which is widened to bfloat16.
         b: [K, N], or [..., K, N] with the leading dimensions of `a`; of the same dtype, once widened.

@@ -131,6 +131,14 @@ def test_gradients_are_those_of_the_dense_layer(rows, implementation):
     assert_close(grads[2], passed.sum(axis=1), 1e-6)
 
 
+def test_what_a_token_that_is_not_there_holds_reaches_no_gradient():
+    x = jnp.ones((4, 8)).at[3].set(jnp.nan)
+    w, mask = jnp.ones((8, 6)), jnp.array([True, True, True, False])
+    grads = jax.grad(lambda x, w, bias: relu_matmul(x, w, bias, 8, mask)[0].sum(), (0, 1, 2))(x, w, jnp.zeros(6))
+    for grad, value in zip(grads, (np.array([6, 6, 6, 0])[:, None], 3, 3), strict=True):
+        np.testing.assert_array_equal(grad, np.broadcast_to(value, grad.shape))
+
+
 def test_a_feed_forward_block_over_the_index_has_the_gradients_of_the_dense_one_of_any_order():
     x, w, bias, mask = problem(6, tokens=24, d_model=10, d_ff=16, shift=0.0)
     w2 = jnp.asarray(np.random.default_rng(7).normal(size=(16, 10)), jnp.float32)

@@ -211,6 +211,13 @@ def test_gradients_are_those_of_the_masked_product(width, cols, implementation):
     assert_close(grads[1], np.where(listed, a64, 0).T @ w, 1e-6)
 
 
+@pytest.mark.parametrize("width", [1, 32, 64])
+def test_gradients_of_no_rows_are_zero(width):
+    a, b = jnp.zeros((0, 70)), jnp.ones((70, 3))
+    grads = jax.grad(lambda a, b: scatter_matmul(a, b, micro_tile_index(a, width)).sum(), (0, 1))(a, b)
+    assert grads[0].shape == (0, 70) and not grads[1].any() and grads[1].shape == (70, 3)
+
+
 def test_gradients_of_gradients_are_those_of_the_masked_product():
     a, b, index, listed = problem(9, m=40, n=24, k=48, width=16, density=0.5)
 

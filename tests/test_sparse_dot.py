@@ -273,6 +273,21 @@ def test_vmap(plan):
     assert_close(grad, f64(a).transpose(0, 2, 1) @ np.ones((3, 20, 10)))
 
 
+def test_gradients_through_a_scan_are_made_for_a_gpu():
+    """Its kernels write into memory that is zero before, which no trace may take from one half of a scan to another."""
+    plan, shape = Plan("m", MicroTile(1, 256)), jax.ShapeDtypeStruct((256, 256), jnp.bfloat16)
+    stack = jax.ShapeDtypeStruct((2, 256, 256), jnp.bfloat16)
+
+    def loss(x, ws):
+        def layer(h, w):
+            return sparse_dot(jax.nn.relu(h), w, plan=plan), None
+
+        return jax.lax.scan(layer, x, ws)[0].astype(jnp.float32).sum()
+
+    program = lower(jax.grad(loss, (0, 1)), [shape, stack], GPUS[0])
+    assert "mosaic_gpu" in program
+
+
 def test_scan():
     plan = PLANS[3]
     xs, w = normal(0, (4, 20, 30)), normal(1, (30, 30)) / 8

@@ -340,6 +340,9 @@ def test_it_is_traced_once_for_each_shape(x, w, calls):
         bool,
         float,
     ]
+    sign = sparsify(lambda x, s: jnp.copysign(x, s))
+    assert_same(sign(x, 0.0), jnp.abs(x))
+    assert_same(sign(x, -0.0), -jnp.abs(x))
     outer = jax.jit(fast)
     del traces[:]
     outer(x, w)

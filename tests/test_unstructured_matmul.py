@@ -24,6 +24,7 @@ from pallas_kernels.unstructured_matmul import (
 )
 from pallas_kernels.unstructured_matmul.mosaic import divide
 from pallas_kernels.unstructured_matmul.mosaic import expand as mosaic_expand
+from pallas_kernels.workbench.gpus import GPUS, lower
 
 
 @pytest.fixture(scope="module")
@@ -352,6 +353,30 @@ def test_several_matrices_equal_each_alone_to_the_bit(compressed, getkey):
     out = unstructured_matmuls(weights, x, **options)
     for matrix_weights, y in zip(weights, out, strict=True):
         np.testing.assert_array_equal(y, unstructured_matmul(matrix_weights, x, **options))
+
+
+@pytest.mark.parametrize("of_weights", [False, True])
+def test_vmap_equals_a_loop(of_weights, getkey):
+    """Over columns, which are side by side then, and over matrices; on a GPU too, where TMA takes no mapped array."""
+    w = jnp.where(jax.random.bernoulli(getkey(), 0.4, (1, 70, 130)), jax.random.normal(getkey(), (2, 70, 130)), 0)
+    matrices = [UnstructuredWeights.from_dense(one.astype(jnp.bfloat16)) for one in w]
+    stack = jax.tree.map(lambda *leaves: jnp.stack(leaves), *matrices) if of_weights else matrices[0]
+    x = jax.random.normal(getkey(), (2, 130, 72 if of_weights else 40), jnp.bfloat16)
+    bias = jax.random.normal(getkey(), (70,), jnp.bfloat16)
+
+    def mapped(implementation=None):
+        def one(weights, x):
+            return unstructured_matmul(weights, x, bias, "relu", implementation=implementation)
+
+        return jax.vmap(one, in_axes=(0 if of_weights else None, 0))
+
+    y = jax.jit(mapped("interpret"))(stack, x)
+    for i in range(2):
+        dense = np.asarray(w[i if of_weights else 0].astype(jnp.bfloat16), np.float64)
+        expected = dense @ np.asarray(x[i], np.float64) + np.asarray(bias, np.float64)[:, None]
+        assert relative_error(y[i], np.maximum(expected, 0)) < 5e-3
+    shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    assert "mosaic_gpu" in lower(lambda x: mapped()(stack, x), [shape], GPUS[0])
 
 
 def test_peer_and_work(compressed):

@@ -65,7 +65,7 @@ def decode_attention(
     """Attention of one token a row to the slots of a cache in use, by all heads or by those that are listed.
 
     Slots past a row's length, and heads that are not listed, may hold anything. Accumulates in float32. Has no
-    gradient.
+    gradient. A head of which every score is -inf gives zeros on the Mosaic kernel, and NaN by xla.
 
     Args:
         q: queries; bfloat16, float16 or float32.

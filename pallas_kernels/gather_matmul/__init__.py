@@ -118,7 +118,8 @@ def gather_matmul(
     behind a ReLU). Accumulates in float32; float32 operands keep full float32 precision on every path.
 
     What is not finite: NaN stays NaN. The Mosaic kernel turns an infinite float32 into NaN, and loses float32 digits
-    below 2**-102. On a GPU's xla path, and in gradients, what is not finite may reach blocks that do not list it.
+    below 2**-102. On a GPU's xla path, in gradients, and with `zero_elsewhere` where most is listed, what is not finite
+    may reach blocks that do not list it.
 
     Args:
         a_t: A, k-major, [K, M]; bfloat16, float16 or float32.

@@ -54,6 +54,7 @@ def _backward(rows, config, implementation, residuals, cotangents):
     x, w, bias, mask, (h_t, _) = residuals
     grad_h = jnp.where(h_t > 0, cotangents[0], 0)
     grad_x = jnp.einsum("ft,df->td", grad_h, w, precision=lax.Precision.HIGHEST)
+    x = x if mask is None else jnp.where(mask[:, None], x, 0)  # which may hold anything there, and 0 * NaN is NaN
     grad_w = jnp.einsum("td,ft->df", x, grad_h, precision=lax.Precision.HIGHEST)
     grad_bias = None if bias is None else grad_h.sum(axis=1, dtype=jnp.float32).astype(bias.dtype)
     return grad_x, grad_w, grad_bias, None if mask is None else jnp.zeros(mask.shape, jax.dtypes.float0)

@@ -360,7 +360,10 @@ def row_groups_matmul(
     )
     if not zeros:
         return kernel(*operands.values())[:, : out[1]]
-    result = jax.new_ref(jnp.zeros_like(padded))
+    # Zeros that depend on nothing would be known where operands are not, and JAX cannot hand a reference from what it
+    # computes first to the rest: differentiating a scan would fail.
+    written, operands = lax.optimization_barrier((jnp.zeros_like(padded), operands))
+    result = jax.new_ref(written)
     kernel(*operands.values(), result)
     return jax.freeze(result)[:, : out[1]]
 

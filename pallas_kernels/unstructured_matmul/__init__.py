@@ -23,12 +23,22 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float
 
 from pallas_kernels import tuning
 from pallas_kernels.operands import check_implementation, vary_together
 from pallas_kernels.unstructured_matmul.cases import CASES, peers, work
-from pallas_kernels.unstructured_matmul.config import EXPAND_N, Config, candidates, check_config, check_support
+from pallas_kernels.unstructured_matmul.config import (
+    EXPAND_N,
+    MAX_N,
+    Config,
+    candidates,
+    check_config,
+    check_support,
+    step_blocks,
+    tiles,
+)
 from pallas_kernels.unstructured_matmul.mosaic import expand as mosaic_expand
 from pallas_kernels.unstructured_matmul.mosaic import mosaic
 from pallas_kernels.unstructured_matmul.reference import ACTIVATIONS, finish, reference, xla
@@ -61,9 +71,32 @@ def _unstructured_matmuls(weights, x, biases, activation: str | None, config: Co
         elif config is None:
             sums = [xla(matrix, x) for matrix in weights]
         else:
-            sums = vary_together(x, mosaic(weights, x, config, interpret=implementation == "interpret"))[1]
+            sums = vary_together(x, _by_mosaic(weights, x, config, implementation == "interpret"))[1]
         each = zip(sums, weights, biases, strict=True)
         return tuple(finish(y, matrix.scales, bias, activation).astype(x.dtype) for y, matrix, bias in each)
+
+
+def _by_mosaic(weights, x, config: Config, interpret: bool):
+    """`mosaic`, also under vmap: TMA, which reads x, takes no mapped array."""
+
+    @jax.custom_batching.custom_vmap
+    def launch(weights, x):
+        return mosaic(weights, x, config, interpret)
+
+    @launch.def_vmap
+    def _over_columns(size, mapped, weights, x):
+        def spread(leaf, is_mapped):
+            return leaf if is_mapped else jnp.broadcast_to(leaf, (size, *leaf.shape))
+
+        x, all_mapped = spread(x, mapped[1]), [True] * len(weights)
+        if any(jax.tree.leaves(mapped[0])):
+            return lax.map(lambda one: launch(*one), (jax.tree.map(spread, weights, mapped[0]), x)), all_mapped
+        wide = x.transpose(1, 0, 2).reshape(x.shape[1], -1)  # side by side: the weights are read once
+        fits = step_blocks(config, tiles(min(wide.shape[1], MAX_N)))
+        sums = _by_mosaic(weights, wide, config if fits else candidates(weights, wide)[0], interpret)
+        return [y.reshape(len(y), size, -1).transpose(1, 0, 2) for y in sums], all_mapped
+
+    return launch(weights, x)
 
 
 @_unstructured_matmuls.defjvp

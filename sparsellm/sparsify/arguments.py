@@ -49,8 +49,7 @@ def function_of(fn: Callable[..., Any] | nnx.Module) -> tuple[Callable[..., Any]
 def split_static(args: Any) -> tuple[Any, ...]:
     """What is static of a pytree, hashable, followed by its arrays."""
     leaves, treedef = jax.tree.flatten(args)
-    # With its type: True, 1 and 1.0 are equal, and yet not the same argument.
-    static = tuple(_ARRAY if _is_array(leaf) else (type(leaf), leaf) for leaf in leaves)
+    static = tuple(_ARRAY if _is_array(leaf) else _distinct(leaf) for leaf in leaves)
     return (treedef, static), *filter(_is_array, leaves)
 
 
@@ -58,7 +57,12 @@ def join_static(static: Any, arrays: Sequence[Any]) -> Any:
     """The pytree that `split_static` took apart."""
     treedef, leaves = static
     remaining = iter(arrays)
-    return treedef.unflatten([next(remaining) if leaf is _ARRAY else leaf[1] for leaf in leaves])
+    return treedef.unflatten([next(remaining) if leaf is _ARRAY else leaf[0] for leaf in leaves])
+
+
+def _distinct(leaf: Any) -> tuple[Any, ...]:
+    """A leaf, apart from those that are equal to it and yet not the same argument: True, 1 and 1.0; 0.0 and -0.0."""
+    return leaf, type(leaf), repr(leaf) if isinstance(leaf, float | complex) else None
 
 
 def trace(function: Callable[..., Any], pure_args: tuple[Any, ...]) -> Traced:
