@@ -362,9 +362,9 @@ def row_groups_matmul(
         return kernel(*operands.values())[:, : out[1]]
     # Zeros that depend on nothing would be known where operands are not, and JAX cannot hand a reference from what it
     # computes first to the rest: differentiating a scan would fail.
-    written, operands = lax.optimization_barrier((jnp.zeros_like(padded), operands))
+    written, *values = lax.optimization_barrier((jnp.zeros_like(padded), *operands.values()))
     result = jax.new_ref(written)
-    kernel(*operands.values(), result)
+    kernel(*values, result)
     return jax.freeze(result)[:, : out[1]]
 
 
