@@ -19,7 +19,7 @@ quickstart: $(READY) ## train a small OPT on real text, measure its sparsity, ru
 	$(PYTHON) -m experiments quickstart
 
 test: $(READY) ## every test that needs no GPU
-	$(PYTHON) -m pytest -n 3 --dist loadfile -m "not gpu"
+	$(PYTHON) -m pytest -n 2 --dist loadfile -m "not gpu"
 
 gpu-test: $(READY) ## the tests of compiled kernels, on a GPU
 	$(PYTHON) -m pytest -m gpu

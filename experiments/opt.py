@@ -72,6 +72,7 @@ def make_model(
         mesh: devices to cut it over; None for the default one.
     """
     gc.collect()  # Flax leaves cycles behind that hold the parameters of the model before
+    print(f"loading {source}" if source is not None else f"making opt-{size}", flush=True)
     if source is not None:
         options: dict[str, Any] = {"dtype": dtype, "param_dtype": dtype, "neuron_major": neuron_major}
         return load_opt(model_folder(source), mesh=mesh, **options), source

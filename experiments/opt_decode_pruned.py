@@ -152,6 +152,7 @@ def measure_model(config: Config, model: str, sparsity: float | None) -> list[Ro
         print(f"{said}: left out", flush=True)
         gib = round(needed / config.devices / 2**30, 2)
         return [named | {"batch": batch, "memory_gib": gib} for batch in config.batches]
+    print(f"making opt-{model} at {sparsity:.0%} zeros", flush=True)
     key, mesh = jax.random.key(config.seed), opt.mesh_over(config.devices)
     made, kernels = random_opt(sizes, sparsity, key, mesh, paired=paired)
     errors = check_block(made, kernels, config)

@@ -213,6 +213,17 @@ def test_only_what_is_asked_for_is_kept(model, windows, tmp_path):
         some.read("head_norms", 0)
 
 
+def test_a_damaged_shard_is_named_and_made_again(model, windows, whole, tmp_path):
+    there = collect(model, windows, tmp_path, batch=BATCH)
+    shard = there.folder / "shard_00001.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="shard_00001.safetensors is damaged .*: delete it, and the same `collect`"):
+        there.read("hidden", 0)
+    shard.unlink()
+    again = collect(model, windows, tmp_path, batch=BATCH)
+    np.testing.assert_array_equal(again.read("hidden", 0), whole.read("hidden", 0))
+
+
 @pytest.mark.parametrize(
     "options,message",
     [

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Int, Shaped, UInt8
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from sparsellm.activations.recording import all_finite, check_finite, check_windows, fingerprint, see
@@ -81,14 +81,18 @@ class Activations:
         """One kind of one layer, of all tokens; neurons that fire as bits, eight a byte (see `fires`).
 
         Raises:
-            ValueError: it was not collected.
+            ValueError: it was not collected, or a shard is damaged.
         """
         if kind not in self.kinds:
             raise ValueError(f"{kind} must be collected to be read; {self.folder} holds {', '.join(self.kinds)}")
         parts = []
         for path in sorted(self.folder.glob("shard_*.safetensors")):
-            with safe_open(path, framework="numpy") as file:
-                parts.append(file.get_tensor(f"layers.{layer}.{kind}"))
+            try:
+                with safe_open(path, framework="numpy") as file:
+                    parts.append(file.get_tensor(f"layers.{layer}.{kind}"))
+            except SafetensorError as error:
+                sentence = f"{path} is damaged ({error}): delete it, and the same `collect` writes it again"
+                raise ValueError(sentence) from error
         return np.concatenate(parts)
 
     def fires(self, layer: int) -> Bool[np.ndarray, "tokens neurons"]:
