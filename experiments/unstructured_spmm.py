@@ -2,7 +2,7 @@
 
     python -m experiments unstructured_spmm --keep              on a GPU, in about two minutes
     python -m experiments unstructured_spmm --all --keep        Flash-LLM's twelve shapes, n to 256, 40 to 90%
-    python -m experiments unstructured_spmm --source FOLDER     layers of a pruned OPT or Mixtral
+    python -m experiments unstructured_spmm --source FOLDER     layers of pruned OPTs or Mixtrals, and random masks
 
 Times y = x W^T with W [m, k] as `UnstructuredWeights`, its elements stored one by one and in pairs, and x [n, k] and
 y [n, m] in memory as models have them, next to the dense product of the same weights in the same run: by cuBLAS, and by
@@ -60,7 +60,8 @@ class Config:
         value_dtypes: what the values that are left are kept in: "dtype" (as W is), "int8" or "float8_e4m3fn".
         layouts: how they are stored: "single", "paired", or "chosen": as `compress` would store so many zeros.
         dtype: of W and x: "bfloat16" or "float16".
-        source: a pruned model (OPT or Mixtral): the linear layers of its middle block in place of random masks.
+        source: pruned models (OPT or Mixtral): the linear layers of their middle blocks in place of `shapes`, and for
+            each shape and sparsity among them a random mask.
         cold_mb: what the copies of a matrix take at least, up to 32 of them; an H200's L2 has 60.
         all: shapes, ns and sparsities of Flash-LLM's paper and beyond, in place of those above.
         seed: of weights, masks and x.
@@ -72,7 +73,7 @@ class Config:
     value_dtypes: tuple[str, ...] = ("dtype",)
     layouts: tuple[str, ...] = LAYOUTS
     dtype: str = "bfloat16"
-    source: str | None = None
+    source: tuple[str, ...] = ()
     cold_mb: int = 120
     all: bool = False
     seed: int = 0
@@ -88,7 +89,7 @@ class Problem:
     """A weight matrix to be made.
 
     Attributes:
-        named: what a row says of it: m, k, mask, and its sparsity or layer.
+        named: what a row says of it: m, k, mask and sparsity, and the layer and model that it is of.
         make: gives it, [m, k].
     """
 
@@ -142,26 +143,34 @@ def _sizes(shape: str) -> tuple[int, int]:
 
 
 def problems(config: Config) -> Iterator[Problem]:
-    """The matrices of a pruned model, or random ones."""
-    if config.source is not None:
-        yield from _pruned_layers(config.source, config.dtype)
+    """The matrices of pruned models with random ones like them, or random ones."""
+    if not config.source:
+        alike = itertools.product(map(_sizes, config.shapes), config.sparsities)
+        yield from (_random(config, shape, sparsity) for shape, sparsity in alike)
         return
-    for m, k in map(_sizes, config.shapes):
-        for sparsity in config.sparsities:
-            make = functools.partial(random_weights, jax.random.key(config.seed), sparsity, (m, k), config.dtype)
-            yield Problem(named={"m": m, "k": k, "mask": "random", "sparsity": sparsity}, make=make)
+    found: dict[tuple[tuple[int, int], float], None] = {}  # in order
+    for source in config.source:
+        model, _, folder = load_model(source, dtype=config.dtype)
+        for name, kernel in _middle_kernels(model):
+            k, m = kernel.shape
+            sparsity = round(1 - int(jnp.count_nonzero(kernel)) / kernel.size, 4)
+            found[(m, k), round(sparsity, 2)] = None
+            named = {"m": m, "k": k, "mask": "pruned", "sparsity": sparsity, "layer": name, "model": folder.name}
+            yield Problem(named=named, make=functools.partial(lambda kernel: kernel.T, kernel))
+    yield from (_random(config, shape, sparsity) for shape, sparsity in found)
 
 
-def _pruned_layers(source: str, dtype: str) -> Iterator[Problem]:
-    model, _, folder = load_model(source, dtype=dtype)
-    layers = model.layers
-    middle = len(layers) // 2
-    for path, module in nnx.iter_modules(layers[middle]):
+def _random(config: Config, shape: tuple[int, int], sparsity: float) -> Problem:
+    make = functools.partial(random_weights, jax.random.key(config.seed), sparsity, shape, config.dtype)
+    return Problem(named={"m": shape[0], "k": shape[1], "mask": "random", "sparsity": sparsity}, make=make)
+
+
+def _middle_kernels(model: Any) -> Iterator[tuple[str, Float[Array, "k m"]]]:
+    """Those of the linear layers of a model's middle block, by name."""
+    middle = len(model.layers) // 2
+    for path, module in nnx.iter_modules(model.layers[middle]):
         if type(module) is nnx.Linear:
-            k, m = module.kernel.shape
-            name = ".".join(map(str, ("layers", middle, *path)))
-            make = functools.partial(lambda kernel: kernel[...].T, module.kernel)
-            yield Problem(named={"m": m, "k": k, "mask": "pruned", "layer": name, "model": folder.name}, make=make)
+            yield ".".join(map(str, ("layers", middle, *path))), module.kernel[...]
 
 
 @functools.partial(jax.jit, static_argnames=("shape", "dtype"))
@@ -189,8 +198,8 @@ def measure_matrix(config: Config, problem: Problem, timer: Timer) -> list[Row]:
         outputs, us = _interleaved(calls, x, timer)
         for kind, weights in stored.items():
             time_us, dense_us, xla_us = us[kind], us["dense_us"], us["xla_us"]
-            row = problem.named | {"sparsity": problem.named.get("sparsity", round(zeros, 4)), "n": n}
-            row |= {"dtype": config.dtype, "values": str(weights.values.dtype), "layout": LAYOUTS[weights.paired]}
+            row = problem.named | {"n": n, "dtype": config.dtype}
+            row |= {"values": str(weights.values.dtype), "layout": LAYOUTS[weights.paired]}
             row |= {"time_us": time_us, "dense_us": dense_us, "xla_us": xla_us}
             row |= {"speedup": round(dense_us / time_us, 3), "roof": round(w.nbytes / weights.nbytes, 3)}
             row |= {"over_xla": round(xla_us / time_us, 3), "gbps": round(weights.nbytes / time_us / 1e3, 1)}
@@ -274,10 +283,11 @@ def readme(result: dict[str, Any]) -> tuple[str, dict[str, bytes]]:
     ns = sorted({row["n"] for row in rows})
     groups: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
-        name = row.get("layer") or f"{row['m']}x{row['k']}"
-        groups.setdefault((name, _kind(row), f"{row['sparsity']:.0%}"), []).append(row)
+        shape = f"{row['m']}x{row['k']}"
+        name = f"{row['layer']}, {shape}" if "layer" in row else shape
+        groups.setdefault((name, _kind(row), f"{row['sparsity']:.0%}", row.get("model", "")), []).append(row)
     cells = []
-    for (name, values, sparsity), found in groups.items():
+    for (name, values, sparsity, _), found in groups.items():
         by_n = {row["n"]: row for row in found}
         even = break_even(found)
         cells.append([name, values, sparsity, *(_times(by_n, n) for n in ns), f"{found[0]['roof']:.2f}x"])
@@ -314,7 +324,7 @@ def _plot(axes, rows: list[Row], ns: list[int]) -> None:
         found: dict[float, dict[tuple, Row]] = {}
         for row in sorted(rows, key=lambda row: row["speedup"]):
             if row["n"] == n and row["values"] == row["dtype"]:
-                found.setdefault(row["sparsity"], {})[row.get("layer"), row["m"], row["k"]] = row
+                found.setdefault(round(row["sparsity"], 2), {})[row.get("layer"), row["m"], row["k"]] = row
         return [
             (s, math.exp(np.mean([math.log(row[column]) for row in own.values()]))) for s, own in sorted(found.items())
         ]

@@ -96,15 +96,21 @@ def test_spmm_keeps_no_row_that_is_wrong(tmp_path):
         unstructured_spmm.measure(SPMM, run, broken)
 
 
-def test_spmm_takes_the_layers_of_a_pruned_model(pruned):
-    config = dataclasses.replace(SPMM, source=str(pruned), value_dtypes=("dtype", "int8"), layouts=("single",))
-    problems = {problem.named["layer"]: problem for problem in unstructured_spmm.problems(config)}
-    assert len(problems) == 6 and {problem.named["model"] for problem in problems.values()} == {"pruned"}
+def test_spmm_takes_the_layers_of_pruned_models_and_random_ones_like_them(pruned):
+    config = dataclasses.replace(SPMM, source=(str(pruned),) * 2, value_dtypes=("dtype", "int8"), layouts=("single",))
+    found = list(unstructured_spmm.problems(config))
+    layers = [problem for problem in found if problem.named["mask"] == "pruned"]
+    problems = {problem.named["layer"]: problem for problem in layers}
+    assert len(layers) == 2 * len(problems) == 12 and {problem.named["model"] for problem in layers} == {"pruned"}
+    alike = [(problem.named["mask"], problem.named["sparsity"]) for problem in found[len(layers) :]]
+    assert sorted(alike) == sorted({("random", round(problem.named["sparsity"], 2)) for problem in layers})
     w = problems["layers.0.fc1"].make()
     assert w.shape == (32, 32) and w.dtype == jnp.bfloat16
     rows = unstructured_spmm.measure_matrix(config, problems["layers.0.fc1"], timer)
     assert rows[0]["sparsity"] == pytest.approx(0.7, abs=0.05) and rows[0]["mask"] == "pruned"
     assert [row["values"] for row in rows] == ["bfloat16", "int8"] and rows[1]["roof"] > rows[0]["roof"]
+    text, _ = unstructured_spmm.readme({"rows": rows})
+    assert "| layers.0.fc1, 32x32 | bfloat16 |" in text
 
 
 def test_break_even_is_where_the_lines_cross():
