@@ -20,7 +20,7 @@ STEPS = 4  # of x in shared memory
 MMA_TILES = 2  # up to so many tiles a warp multiplies by mma, without waiting for the three others of a wgmma
 SMS = 132  # of an H200: what the heuristic counts with
 MANY_ROWS, MANY_QUICK_ROWS = 7.5, 5.0  # of values that a block takes on average, of 16: from there on a fifth piece
-SLOWER = {4: 1.0, 3: 1.1, 2: 1.3, 1: 2.0}  # a strip of a block of so many warpgroups: fewer warps hide less latency
+SLOWER = {4: 1.0, 3: 1.15, 2: 1.2, 1: 1.7}  # a strip of a block of so many warpgroups: fewer warps hide less latency
 QUICK_TILES = 4  # pairs of up to so many tiles have it from the latter on
 RESERVED = 1536  # bytes of shared memory for barriers
 
@@ -61,13 +61,15 @@ def step_blocks(config: Config, tiles: int) -> int:
 def candidates(weights, x, bias=None, activation: str | None = None) -> list[Config]:
     """Configs worth timing for these arguments (shapes are enough); the heuristic's choice comes first.
 
-    That is the one whose busiest multiprocessor is done first, reckoned by its strips and `SLOWER`. Of the latter 1.1
-    was measured, 1.2 with two warpgroups of two strips a warp, and the others are guesses; without them the products of
-    OPT-13B, whose busiest has 7 units of 16 strips or 13 of 8, were on 4 and 8 warps, and no quicker than dense ones in
-    its decoding. OPT-30B's keep 131 of 132 multiprocessors busy either way. The more values there are, the
-    further ahead they have to be copied; a fifth piece costs a division, though. With 5 and 4 pieces an H200 took, of
-    28672 x 7168, at 50% zeros 66 and 70 us for 8 columns, 88 and 89 for 32; at 80% 62 and 60, 86 and 80 (all that by
-    cp.async); and in pairs 49 and 51, 57 and 59. `weights` may be several, alike.
+    That is the one whose busiest multiprocessor is done first, reckoned by its strips and `SLOWER`. The latter is from
+    an H200's times of OPT-13B's products at 70% and 80% zeros, 8 and 32 columns: its fc1, whose busiest has 7 units of
+    16 strips, 9 of 12, 13 of 8 or 25 of 4, took 37.1 us with four warpgroups, 40.1, 41.9 and 57.1 with 3, 2 and 1; its
+    q, k and v 27.3, 33.7, 31.1 and 44.5; q, k and v of OPT-1.3B, 1 unit or 2, 11.6, 9.5, 10.4 and 11.3. The choice was
+    the quickest of them in 20 of 22 cases, and 3% slower in two. Reckoned without `SLOWER`, OPT-13B's were on 4 and
+    8 warps, and no quicker than dense ones in its decoding. OPT-30B's keep 131 of 132 multiprocessors busy either way.
+    The more values there are, the further ahead they have to be copied; a fifth piece costs a division, though. With 5
+    and 4 pieces an H200 took, of 28672 x 7168, at 50% zeros 66 and 70 us for 8 columns, 88 and 89 for 32; at 80% 62 and
+    60, 86 and 80 (all that by cp.async); and in pairs 49 and 51, 57 and 59. `weights` may be several, alike.
     """
     del bias, activation
     matrices = weights if isinstance(weights, tuple) else (weights,)
