@@ -21,6 +21,7 @@ import numpy as np
 from jax.experimental import sparse
 
 from experiments import options, peers, products
+from experiments.headlines import headline
 from experiments.masks import Mask
 from experiments.runs import Row, Run, markdown_table
 from pallas_kernels.case import Work, tolerance
@@ -142,6 +143,20 @@ def _csr_us(a: jax.Array, positions: tuple[np.ndarray, ...], timer: Timer) -> fl
         print(f"cuSPARSE's dense-to-CSR of {a.dtype} does not find what is live: no time of it", file=sys.stderr)
         return None
     return time
+
+
+def headlines(result: dict[str, Any]) -> list[list[str]]:
+    """Of micro-tiles of 128x1 in bfloat16, 90% zeros."""
+    return [
+        headline(
+            f"index of {row['m']}x{row['k']}, 90% zeros in 128x1",
+            row["index_us"],
+            "µs",
+            others={"jnp.nonzero": row["nonzero_us"], "torch to_sparse_csr": row.get("to_sparse_csr_us")},
+        )
+        for row in result["rows"]
+        if (row["dtype"], row["granularity"], row["sparsity"]) == ("bfloat16", "128x1", 0.9)
+    ]
 
 
 def readme(result: dict[str, Any]) -> tuple[str, dict[str, bytes]]:

@@ -31,6 +31,7 @@ from flax import nnx
 from jaxtyping import Array
 
 from experiments import moe, moe_peers, options, programs, swin_peer
+from experiments.headlines import headline
 from experiments.runs import Row, Run, markdown_table
 from models.swin_moe import SwinMoE, SwinMoEConfig
 from models.switch_checkpoint import ARCHITECTURE
@@ -208,6 +209,23 @@ def _forward(network: Any, *arrays: Array) -> Array:
 def _experts(network: nnx.Module) -> int:
     found = (layer for _, layer in nnx.iter_modules(network) if isinstance(layer, MixtureOfExperts))
     return max(layer.router.experts for layer in found)
+
+
+def headlines(result: dict[str, Any]) -> list[list[str]]:
+    """Of a model of each kind in bfloat16, at its smaller batch, where peers were there."""
+    models = {"switch-base-128": "transformers", "swin-base-16": "torch"}
+    return [
+        headline(
+            f"{row['model']}, a forward pass of {row['batch']}",
+            row["time_ms"],
+            "ms",
+            min(row[name] for name in ("xla_time_ms", "one_hot_time_ms") if row.get(name)),
+            {PEERS[peer]: row[f"{peer}_time_ms"]},
+        )
+        for row in result["rows"]
+        if (row["dtype"], row["batch"]) == ("bfloat16", 8)
+        if (peer := models.get(row["model"])) and row.get(f"{peer}_time_ms")
+    ]
 
 
 def readme(result: dict[str, Any]) -> tuple[str, dict[str, bytes]]:

@@ -25,6 +25,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from experiments import moe, moe_peers, options, products, programs
+from experiments.headlines import headline
 from experiments.moe_peers import NOISE, ROUTINGS, Layer
 from experiments.runs import Row, Run, markdown_table
 from pallas_kernels.case import Work, tolerance
@@ -279,6 +280,22 @@ def _ragged_product(x, w, routing):
 @jax.jit
 def _batched_product(x, w):
     return moe.batched_product(x, w)
+
+
+def headlines(result: dict[str, Any]) -> list[list[str]]:
+    """Of layers as models have them, 4096 tokens that choose experts evenly."""
+    layers = {"mixtral": 8, "qwen3": 128, "switch": 128}
+    return [
+        headline(
+            f"layer of {row['experts']} experts as {row['model'].title()}'s, {row['tokens']} tokens",
+            row["time_us"] / 1e3,
+            "ms",
+            row["one_hot_us"] and row["one_hot_us"] / 1e3,
+            {PEERS[peer]: row.get(f"{peer}_us") and row[f"{peer}_us"] / 1e3 for peer in ("torch", "ragged_dot")},
+        )
+        for row in result["rows"]
+        if layers.get(row["model"]) == row["experts"] and (row["tokens"], row["routing"]) == (4096, "uniform")
+    ]
 
 
 def readme(result: dict[str, Any]) -> tuple[str, dict[str, bytes]]:

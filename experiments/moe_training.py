@@ -24,6 +24,7 @@ from jaxtyping import Array, Float, Int, Int32
 from rich.console import Console
 
 from experiments import language_models, moe
+from experiments.headlines import headline
 from experiments.runs import Row, Run, markdown_table
 from models.mixtral import Mixtral, MixtralConfig
 from sparsellm import text, training
@@ -176,6 +177,13 @@ def make_rows(sparse: dict[str, Any], reference: dict[str, Any]) -> list[Row]:
     columns = zip(sparse["losses"], reference["losses"], sparse["balances"], errors.tolist(), strict=True)
     names = ("loss", "reference_loss", "balance", "error")
     return [summary, *({"step": i} | dict(zip(names, values, strict=True)) for i, values in enumerate(columns, 1))]
+
+
+def headlines(result: dict[str, Any]) -> list[list[str]]:
+    """A step, next to one-hot dispatch."""
+    row = result["rows"][0]
+    what = f"training step of {row['model']}, {row['experts']} experts, {row['tokens']} tokens"
+    return [headline(what, row["step_ms"], "ms", row["reference_step_ms"])]
 
 
 def readme(result: dict[str, Any]) -> tuple[str, dict[str, bytes]]:

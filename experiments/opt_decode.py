@@ -39,6 +39,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from experiments import opt, options
+from experiments.headlines import headline
 from experiments.runs import Row, Run, markdown_table
 from models import OPT, with_predictors
 from models.activations import ACTIVATIONS
@@ -250,6 +251,23 @@ def bound(model: OPT, rows: Rows, density: list[float] | None) -> Row:
 def _bytes(arrays: Any) -> int:
     """What a device has of them."""
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(arrays))
+
+
+def headlines(result: dict[str, Any]) -> list[list[str]]:
+    """Of one sequence on one device, over listed neurons."""
+    rows = [row for row in result["rows"] if row["batch"] == row.get("devices", 1) == 1]
+    dense = {row["model"]: row for row in rows if row["variant"] == "dense"}
+    return [
+        headline(
+            f"{row['model']}, a token of one text",
+            row["time_ms"],
+            "ms",
+            dense[row["model"]]["time_ms"],
+            {"transformers": dense[row["model"]].get("transformers_time_ms")},
+        )
+        for row in rows
+        if row["variant"] == "sparse"
+    ]
 
 
 def readme(result: dict[str, Any]) -> tuple[str, dict[str, bytes]]:

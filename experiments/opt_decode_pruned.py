@@ -35,6 +35,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from experiments import opt, options, products
+from experiments.headlines import headline
 from experiments.runs import Row, Run, markdown_table
 from models import OPT, OPTConfig
 from sparsellm import memory
@@ -299,6 +300,23 @@ def _density(kernel: Float[Array, "in out"]) -> float:
 def _linears(block: Any) -> dict[str, Any]:
     """The linear layers of a block by their names in it."""
     return {name: operator.attrgetter(name)(block) for name in LINEARS}
+
+
+def headlines(result: dict[str, Any]) -> list[list[str]]:
+    """Of 16 sequences, 70% zeros."""
+    rows = [row for row in result["rows"] if row["batch"] == 16 and row.get("time_ms")]
+    dense = {row["model"]: row["time_ms"] for row in rows if row["variant"] == "dense"}
+    return [
+        headline(
+            f"{row['model']} with 70% zeros anywhere, a token of 16 texts",
+            row["time_ms"],
+            "ms",
+            dense.get(row["model"]),
+            {"transformers, dense": row.get("transformers_time_ms")},
+        )
+        for row in rows
+        if row["sparsity"] == 0.7
+    ]
 
 
 def readme(result: dict[str, Any]) -> tuple[str, dict[str, bytes]]:

@@ -31,6 +31,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from experiments import opt, opt_peers, options, programs
+from experiments.headlines import headline
 from experiments.moe_inference import TOLERANCES
 from experiments.records import choose_records
 from experiments.runs import Row, Run, markdown_table
@@ -244,6 +245,26 @@ def next_logits(
     """Logits of what follows each sequence."""
     hidden, _ = model.hidden_states(tokens, packing=packing)
     return model.logits(hidden.reshape(-1, hidden.shape[-1])[ends])
+
+
+def headlines(result: dict[str, Any]) -> list[list[str]]:
+    """Of whole prompts, packed and sparse, next to packed and dense."""
+    dense = {row["model"]: row["time_ms"] for row in result["rows"] if _kind(row) == ("packed", 0)}
+    return [
+        headline(
+            f"{row['model']}, {row['batch']} prompts at once",
+            row["time_ms"],
+            "ms",
+            dense.get(row["model"]),
+            {"transformers": row.get("transformers_time_ms")},
+        )
+        for row in result["rows"]
+        if _kind(row) == ("packed+sparse", 0)
+    ]
+
+
+def _kind(row: Row) -> tuple[str, int]:
+    return row["variant"], row["truncated"]
 
 
 def readme(result: dict[str, Any]) -> tuple[str, dict[str, bytes]]:

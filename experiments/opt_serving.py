@@ -35,6 +35,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from experiments import opt, options, programs
+from experiments.headlines import headline
 from experiments.records import Record, choose_records
 from experiments.runs import Row, Run, markdown_table
 from models import OPT
@@ -286,6 +287,16 @@ def _largest_gap(graphdef, state, prompt: Int[Array, "1 length"], ends, tokens: 
 
     _, gaps = lax.scan(step, (hidden[0, ends - 1], cache), tokens)
     return jnp.max(jnp.where(jnp.arange(len(tokens)) < count, gaps, 0))
+
+
+def headlines(result: dict[str, Any]) -> list[list[str]]:
+    """The whole stream."""
+    seconds = {row["variant"]: row["seconds"] for row in result["rows"]}
+    if "sparse" not in seconds:
+        return []
+    row = result["rows"][0]
+    what = f"{row['model']}, a stream of {row['requests']} requests on {row['batch']} rows"
+    return [headline(what, seconds["sparse"], "s", seconds.get("dense"))]
 
 
 def readme(result: dict[str, Any]) -> tuple[str, dict[str, bytes]]:

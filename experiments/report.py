@@ -6,7 +6,8 @@
 A block `<!-- report:NAME -->` ... `<!-- /report:NAME -->` of README holds the kept results of the experiment NAME, one
 for each device and variant (`--keep --variant WORD`), whose figures' names begin with it. An experiment that defines
 `readme(result) -> (markdown, figures)`, with figures a dict of file name to bytes, decides what to show and how; for
-any other, the rows are shown as one table. Long tables are folded.
+any other, the rows are shown as one table. Long tables are folded. The block of the name `summary` holds a table for
+each device, of the lines that experiments with `headlines(result)` give, in the order of README's blocks.
 """
 
 import ast
@@ -14,13 +15,15 @@ import dataclasses
 import importlib
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from experiments import runs
+from experiments import headlines, runs
 
 ROOT = Path(__file__).parents[1]
 LONG_TABLE = re.compile(r"(?:^\|.*(?:\n|\Z)){19,}", re.MULTILINE)  # two lines of it are its header
+SUMMARY = "summary"
 BLOCK = re.compile(r"(<!-- report:(\w+) -->\n).*?(<!-- /report:\2 -->)", re.DOTALL)
 
 
@@ -75,6 +78,8 @@ def render(readme: str, results: Path, root: Path) -> tuple[str, dict[Path, byte
     figures: dict[Path, bytes] = {}
 
     def block(match: re.Match[str]) -> str:
+        if match[2] == SUMMARY:
+            return match[1] + _summary(kept, [found[2] for found in BLOCK.finditer(readme)]) + match[3]
         parts = []
         for (device, name), result in kept.items():
             experiment, dot, variant = name.partition(".")
@@ -93,15 +98,35 @@ def render(readme: str, results: Path, root: Path) -> tuple[str, dict[Path, byte
     return BLOCK.sub(block, readme), figures
 
 
-def _show(experiment: str, result: dict[str, Any]) -> tuple[str, dict[str, bytes]]:
-    """By the experiment's own `readme` if it has one, defined or imported: found without importing the others."""
+def _summary(kept: dict[tuple[str, str], dict[str, Any]], experiments: list[str]) -> str:
+    """A table for each device, of what these experiments' own `headlines` say of the results kept there."""
+    parts = []
+    for device in dict.fromkeys(device for device, _ in kept):
+        results = {name: result for (of, name), result in kept.items() if of == device}
+        lines = []
+        for experiment in experiments:
+            if say := _own(experiment, "headlines"):
+                own = [result for name, result in results.items() if name.partition(".")[0] == experiment]
+                lines += [line for result in own for line in say(result)]
+        if lines:
+            parts.append(f"{next(iter(results.values()))['device']}:\n\n{headlines.summary(lines)}\n")
+    return "\n".join(parts)
+
+
+def _own(experiment: str, name: str) -> Callable[..., Any] | None:
+    """An experiment's function of this name, defined or imported, if it has one: found without importing the others."""
     path = Path(__file__).parent / f"{experiment}.py"
     names = set()
     for node in ast.parse(path.read_text()).body if path.exists() else []:
         names |= {node.name} if isinstance(node, ast.FunctionDef) else set()
         names |= {alias.name for alias in node.names} if isinstance(node, ast.ImportFrom) else set()
-    if "readme" in names:
-        return importlib.import_module(f"experiments.{experiment}").readme(result)
+    return getattr(importlib.import_module(f"experiments.{experiment}"), name) if name in names else None
+
+
+def _show(experiment: str, result: dict[str, Any]) -> tuple[str, dict[str, bytes]]:
+    """By the experiment's own `readme` if it has one."""
+    if readme := _own(experiment, "readme"):
+        return readme(result)
     columns = list(dict.fromkeys(name for row in result["rows"] for name in row))
     cells = [[_cell(row.get(name)) for name in columns] for row in result["rows"]]
     return runs.markdown_table(cells, columns), {}

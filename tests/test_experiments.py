@@ -13,6 +13,7 @@ from rich.console import Console
 
 from experiments import language_models, quickstart, report, runs
 from experiments.__main__ import main, questions
+from experiments.headlines import headline
 from models import OPT, load_opt
 from sparsellm import text, training
 from sparsellm.generation import generate
@@ -195,6 +196,28 @@ def test_report_writes_the_blocks_and_check_finds_them_stale(tmp_path, capsys):
     assert main(["report", "--check", *options]) == 0
     write_result(results, [{"granularity": "128x1", "time_us": 34.0}])
     assert main(["report", "--check", *options]) == 1
+
+
+def test_a_line_of_the_summary_names_the_quickest_other_system():
+    line = headline("a product", 20.0, "µs", 50.0, {"slow": 90.0, "absent": None, "quick": 30.0})
+    assert line == ["a product", "20 µs", "50 µs (2.50x)", "quick: 30 µs (1.50x)"]
+    assert headline("alone", 1234.5, "ms", others={"absent": None}) == ["alone", "1234 ms", "–", "–"]
+
+
+def test_the_summary_has_each_line_of_an_experiment_once_without_variant_first():
+    about = {"model": "m", "requests": 9, "batch": 4}
+    rows = [about | {"variant": "dense", "seconds": 3.0}, about | {"variant": "sparse", "seconds": 2.0}]
+    slower = [row | {"seconds": 7.0} for row in rows]
+    results = {"opt_serving": rows, "opt_serving.again": slower, "opt_decode_pruned": [], "some": [{"a": 1}]}
+    kept = {("nvidia_h200", name): {"device": "NVIDIA H200", "rows": own} for name, own in results.items()}
+    experiments = ["summary", "some", "opt_serving"]  # of README's blocks: not every result has one
+    assert report._summary(kept, experiments).splitlines() == [
+        "NVIDIA H200:",
+        "",
+        "|                                     | sparse | dense, here | the quickest other system |",
+        "|-------------------------------------|-------:|------------:|--------------------------:|",
+        "| m, a stream of 9 requests on 4 rows |    2 s | 3 s (1.50x) |                         – |",
+    ]
 
 
 def test_readme_is_up_to_date():
