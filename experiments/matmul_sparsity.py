@@ -6,8 +6,8 @@ torch is installed, cuSPARSE and torch's block-sparse Triton kernel on the same 
 
     python -m experiments matmul_sparsity --keep        3 minutes on an H200, half of it with --masks random
 
-Expected there, in bfloat16 at 128x1 and random masks: as quick as dense at 0%, 1.7x at 50%, 5.5x at 90%, 13x at 99%;
-3.6x and 5.9x at the last two where the index is found anew for each product. Granularities without a kernel of their
+Expected there, in bfloat16 at 128x1 and random masks: as quick as dense at 0%, 1.7x at 50%, 5.7x at 90%, 13x at 99%;
+3.8x and 6.1x at the last two where the index is found anew for each product. Granularities without a kernel of their
 own (32x1, 1x64, 32x64) are covered by the plan that the cost model picks, dense included.
 """
 

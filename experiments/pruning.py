@@ -38,6 +38,7 @@ from experiments import language_models, options, quickstart
 from experiments.runs import Row, Run, markdown_table
 from models import OPT, PRESETS, OPTConfig, load_mixtral, load_opt, save_mixtral, save_opt
 from sparsellm import evaluation, pruning, text, training
+from sparsellm.checkpoint import load_config
 from sparsellm.pruning import METHODS, NM, Pattern, Unstructured
 
 LENGTH = 2048  # tokens a window at most, as in the papers
@@ -230,10 +231,11 @@ def load_model(source: str, **options: Any) -> tuple[Any, str, Path]:
         options: of the kind's loader.
 
     Raises:
-        ValueError: it is of another kind.
+        FileNotFoundError: there is no such folder, or no config.json in it.
+        ValueError: it is of another kind, or its config.json is no JSON object.
     """
     folder = language_models.model_folder(source)
-    kind = json.loads((folder / "config.json").read_text()).get("model_type")
+    kind = load_config(folder).get("model_type")
     if kind not in LOADERS:
         raise ValueError(f"source must be a model of {' or '.join(LOADERS)}; {folder} is of {kind}")
     return LOADERS[kind](folder, **options), kind, folder

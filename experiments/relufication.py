@@ -38,6 +38,7 @@ from experiments.language_models import Data
 from experiments.runs import Row, Run, markdown_table, write_atomically
 from models import OPT, load_opt, save_opt
 from sparsellm import evaluation, objectives, text, training
+from sparsellm.checkpoint import load_config
 from sparsellm.relufication import gate_activations, relufy, thresholds_for_perplexity
 
 UNCHANGED = "unchanged"
@@ -174,7 +175,7 @@ def prepare(config: Config, run: Run) -> Subject:
         trained = dataclasses.replace(trained, **asked, l1=())
     else:
         source = config.source
-        described = json.loads((source / "config.json").read_text())
+        described = load_config(source)
         if described.get("experiment") != "pretrain":
             raise ValueError(f"source must be a run of pretrain; {source} is of {described.get('experiment')}")
         trained = pretrain.Config(**{name: described["config"][name] for name in OF_SOURCE})

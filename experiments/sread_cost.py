@@ -6,8 +6,9 @@ scatter over memory), and A and B cut to `listed`, read as they lie by TMA. Ever
 
     python -m experiments sread_cost --keep        a minute on an H200
 
-Expected there, in bfloat16: at 128x1 gathering costs 5 to 9% down to 75% zeros, and nothing from 90% on, where tiles
-have few steps; at 64x1 half as much again, as its tile reads B twice as often. Neighbours are as quick as random ones.
+Expected there, in bfloat16: at 128x1 gathering costs 6 to 8% up to 75% zeros, and nothing from 90% on, where tiles have
+few steps; at 64x1 34 to 40%, as its tile reads B twice as often. Neighbours are as quick as random ones at 128x1, to
+within 5% up to 90% zeros; at 64x1 6 to 9% quicker from half zeros on, a quarter from 95%.
 """
 
 import dataclasses

@@ -312,9 +312,10 @@ def readme(result: dict[str, Any]) -> tuple[str, dict[str, bytes]]:
     cells = []
     for (name, values, sparsity, _), found in groups.items():
         by_n = {row["n"]: row for row in found}
-        even = break_even(found)
+        even, mixed = break_even(found), min(map(_over_dense, found)) < 1
         cells.append([name, values, sparsity, *(_times(by_n, n) for n in ns), f"{found[0]['roof']:.2f}x"])
-        cells[-1] += [f"above {max(by_n)}" if even is None else f"{even:.0f}", f"{max(r['error'] for r in found):.0e}"]
+        cells[-1] += [f"{even:.0f}" if even is not None else "here and there" if mixed else f"above {max(by_n)}"]
+        cells[-1] += [f"{max(r['error'] for r in found):.0e}"]
     header = ["weights", "values", "zeros", *(f"n = {n}" for n in ns), "roof", "dense wins from n", "error"]
     both = all("over_xla" in row for row in rows)  # older results have XLA's choice alone
     dense = "the dense product by cuBLAS / by XLA's choice" if both else "the dense product that XLA chose"
@@ -342,22 +343,30 @@ def _label(row: Row) -> str:
 def _plot(axes, rows: list[Row], ns: list[int]) -> None:
     from experiments import figures
 
-    def mean(of_row: Callable[[Row], float], n: int) -> list[tuple[float, float]]:
+    pruned = [row for row in rows if row["mask"] == "pruned"]
+    rows = pruned or rows  # beside them, random ones are for the table
+    kinds = list(dict.fromkeys(row["values"] for row in rows))
+
+    def mean(of_row: Callable[[Row], float], n: int, values: str) -> list[tuple[float, float]]:
         """The geometric mean over matrices, each in its quicker layout, by sparsity."""
         found: dict[float, dict[tuple, Row]] = {}
         for row in sorted(rows, key=_over_dense):
-            if row["n"] == n and row["values"] == row["dtype"]:
-                found.setdefault(round(row["sparsity"], 2), {})[row.get("layer"), row["m"], row["k"]] = row
+            if (row["n"], row["values"]) == (n, values):
+                matrix = (row.get("model"), row.get("layer"), row["m"], row["k"])
+                found.setdefault(round(row["sparsity"], 2), {})[matrix] = row
         return [
             (s, math.exp(np.mean([math.log(of_row(row)) for row in own.values()]))) for s, own in sorted(found.items())
         ]
 
     for colour, n in zip(figures.ordered_colours(len(ns)), ns, strict=True):
-        if points := mean(_over_dense, n):
-            axes.plot(*zip(*points, strict=True), "o-", color=colour, markersize=4, label=f"n = {n}")
-    if points := mean(lambda row: row["roof"], ns[0]):
+        for style, values in zip(itertools.cycle(("o-", "s--", "v:")), kinds):
+            if points := mean(_over_dense, n, values):
+                label = f"n = {n}" + (f", {values}" if len(kinds) > 1 else "")
+                axes.plot(*zip(*points, strict=True), style, color=colour, markersize=4, label=label)
+    if points := mean(lambda row: row["roof"], ns[0], kinds[0]):
         axes.plot(*zip(*points, strict=True), "--", color=figures.ORANGE, label="fewer bytes")
     axes.axhline(1, color="#999999", linewidth=1)
     axes.set(title="Unstructured weights against the quicker dense product", xlabel="zeros", ylabel="times as quick")
+    axes.set_xticks(sorted({round(row["sparsity"], 2) for row in rows}))
     axes.xaxis.set_major_formatter("{x:.0%}")
-    axes.legend(loc="upper left")
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))

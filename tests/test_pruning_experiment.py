@@ -126,6 +126,12 @@ def test_the_run_of_quickstart_is_taken_as_it_is(finished, tmp_path, monkeypatch
     (folder / "config.json").write_text(json.dumps({"model_type": "t5"}))
     with pytest.raises(ValueError, match="source must be a model of opt or mixtral; .* is of t5"):
         pruning.prepare(config, run)
+    (folder / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="config.json must hold JSON; "):
+        pruning.prepare(config, run)
+    (folder / "config.json").unlink()
+    with pytest.raises(FileNotFoundError, match="a checkpoint folder must hold config.json; .* does not"):
+        pruning.prepare(config, run)
 
 
 def test_every_method_meets_every_pattern_it_knows():

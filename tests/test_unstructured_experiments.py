@@ -113,6 +113,17 @@ def test_spmm_takes_the_layers_of_pruned_models_and_random_ones_like_them(pruned
     assert "| layers.0.fc1, 32x32 | bfloat16 |" in text
 
 
+def test_spmm_says_from_which_n_on_dense_wins():
+    row = {"m": 48, "k": 96, "mask": "random", "sparsity": 0.5, "dtype": "bfloat16", "values": "bfloat16", "roof": 1.7}
+
+    def column(*speedups: float) -> str:
+        found = [row | {"n": n, "speedup": s, "error": 0.0} for n, s in zip((8, 16, 32), speedups, strict=True)]
+        return unstructured_spmm.readme({"rows": found})[0].splitlines()[-1].split("|")[-3].strip()
+
+    assert column(1.5, 1.2, 1.0) == "above 32" and column(0.9, 0.8, 0.7) == "0" and column(1.5, 1.2, 0.8) == "24"
+    assert column(0.97, 0.95, 1.01) == "here and there"
+
+
 def test_break_even_is_where_the_lines_cross():
     def rows(*speedups: float) -> list[dict[str, Any]]:
         return [{"n": n, "speedup": s} for n, s in zip((8, 16, 32), speedups, strict=True)]
