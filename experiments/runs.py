@@ -24,6 +24,7 @@ import jax
 
 RESULTS = Path(__file__).parent / "results"
 _PACKAGES = ("jax", "jaxlib", "flax")
+_DESCRIBED = ("experiment", "device", "versions")  # of a run, in its result too
 
 type Row = dict[str, Any]
 
@@ -60,7 +61,7 @@ class Run:
         described = json.loads(json.dumps(_described(experiment, config), default=str))
         if not fresh:
             for folder in sorted((root / experiment).glob("*/"), reverse=True):
-                found = {} if (folder / "rows.jsonl").exists() else _read_json(folder / "config.json") or {}
+                found = {} if (folder / "rows.jsonl").exists() else _read_config(folder)
                 if described.items() <= found.items():
                     lock = _try_lock(folder)
                     if lock is not None:
@@ -118,14 +119,14 @@ def keep(folder: Path, *, variant: str = "", results: Path = RESULTS) -> Path:
         FileNotFoundError: the folder holds no finished run.
         ValueError: it is one of `--smoke`, or the variant is no word.
     """
-    config, path = _read_json(folder / "config.json"), folder / "rows.jsonl"
-    if config is None or not path.is_file():
+    config, path = _read_config(folder), folder / "rows.jsonl"
+    if not config.keys() >= {*_DESCRIBED, "command", "commits"} or not path.is_file():
         raise FileNotFoundError(f"a finished run is a folder with config.json and rows.jsonl; {folder} is none")
     if "--smoke" in config["command"].split():
         raise ValueError(f"a kept result is worth quoting, which --smoke is not; got {folder}")
     check_variant(variant)
     rows, commits = path.read_text().splitlines(), config["commits"]
-    result = {name: config[name] for name in ("experiment", "device", "versions")}
+    result = {name: config[name] for name in _DESCRIBED}
     result |= {"commit": commits[-1]} | ({"begun_at": commits[0]} if len(commits) > 1 else {})
     finished = datetime.datetime.fromtimestamp(path.stat().st_mtime, datetime.UTC)
     result |= {"date": finished.date().isoformat(), "command": config["command"]}
@@ -154,9 +155,18 @@ def write_atomically(path: Path, content: str | bytes) -> Path:
 
 
 def read_results(results: Path = RESULTS) -> dict[tuple[str, str], dict[str, Any]]:
-    """Every kept result by (device folder, file name without .json: the experiment's, or with its variant)."""
-    paths = sorted(results.glob("*/*.json"), key=lambda path: (path.parent.name, path.stem))  # variants come after
-    return {(path.parent.name, path.stem): json.loads(path.read_text()) for path in paths}
+    """Every kept result by (device folder, file name without .json: the experiment's, or with its variant).
+
+    Raises:
+        ValueError: a file is no such result.
+    """
+    found = {}
+    for path in sorted(results.glob("*/*.json"), key=lambda path: (path.parent.name, path.stem)):  # variants come after
+        result = _read_object(path)
+        if not result.keys() >= {*_DESCRIBED, "commit", "date", "command", "rows"}:
+            raise ValueError(f"a kept result is a file that --keep has written; {path} is none: remove it")
+        found[path.parent.name, path.stem] = result
+    return found
 
 
 def versions() -> dict[str, str]:
@@ -222,8 +232,18 @@ def _try_lock(folder: Path) -> IO[str] | None:
     return file
 
 
-def _read_json(path: Path) -> Any:
-    return json.loads(path.read_text()) if path.exists() else None
+def _read_config(folder: Path) -> dict[str, Any]:
+    """Of a run; nothing where there is none, or a damaged one."""
+    return _read_object(folder / "config.json")
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    """Of JSON; nothing where a file is missing or holds anything else."""
+    try:
+        found = json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):  # a UnicodeDecodeError is one
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _commit() -> str | None:

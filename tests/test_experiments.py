@@ -90,6 +90,21 @@ def test_an_unfinished_run_is_continued_and_a_finished_one_is_not(tmp_path):
         assert not new.continued
 
 
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", "\xff"])
+def test_a_damaged_run_or_result_is_passed_over_or_named(tmp_path, content):
+    with runs.Run.start("some", SomeConfig(), root=tmp_path) as damaged:
+        damaged.write("something", "")
+    (damaged.folder / "config.json").write_text(content, encoding="latin-1")
+    with runs.Run.start("some", SomeConfig(), root=tmp_path) as run:
+        assert not run.continued
+    damaged.finish([])
+    with pytest.raises(FileNotFoundError, match=r"a finished run is a folder .*; .* is none"):
+        runs.keep(damaged.folder, results=tmp_path / "results")
+    runs.write_atomically(tmp_path / "results" / "cpu" / "some.json", content.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"a kept result is a file that --keep has written; .*some.json is none"):
+        runs.read_results(tmp_path / "results")
+
+
 def test_a_failed_write_leaves_the_file_as_it_was(tmp_path, monkeypatch):
     path = runs.write_atomically(tmp_path / "sub" / "file", "before")
 
