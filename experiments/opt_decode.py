@@ -140,7 +140,9 @@ def check(config: Config) -> None:
         got = f"source={config.source}, predictors={config.predictors}"
         raise ValueError(f"source and predictors go together: a checkpoint and what was trained for it; got {got}")
     for size in config.sizes if config.source is None else ():
-        opt.check_length(config, size, opt.config_of(size, config.dtype))
+        sizes = opt.config_of(size, config.dtype)
+        opt.check_length(config, size, sizes)
+        opt.read_profile(config.profile, sizes.d_ff)  # raises where it is none
 
 
 def measure_model(config: Config, source: str, run: Run) -> list[Row]:

@@ -113,7 +113,9 @@ def _check(config: Config) -> None:
     options.check_least(config, 1, "batch", "repeats")
     options.check_least(config, 0, "truncate")
     for size in config.models:
-        opt.config_of(size, config.dtype, sparse_rows=config.sparse_rows)
+        sizes = opt.config_of(size, config.dtype, sparse_rows=config.sparse_rows)
+        if config.source is None:
+            opt.read_profile(config.profile, sizes.d_ff)  # raises where it is none
 
 
 def _measure_size(config: Config, size: str, run: Run, timer: Timer) -> list[Row]:

@@ -306,11 +306,9 @@ def readme(result: dict[str, Any]) -> tuple[str, dict[str, bytes]]:
     ns = sorted({row["n"] for row in rows})
     groups: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
-        shape = f"{row['m']}x{row['k']}"
-        name = f"{row['layer']}, {shape}" if "layer" in row else shape
-        groups.setdefault((name, _kind(row), f"{row['sparsity']:.0%}", row.get("model", "")), []).append(row)
+        groups.setdefault((_matrix(row), _kind(row), f"{row['sparsity']:.0%}"), []).append(row)
     cells = []
-    for (name, values, sparsity, _), found in groups.items():
+    for (name, values, sparsity), found in groups.items():
         by_n = {row["n"]: row for row in found}
         even, mixed = break_even(found), min(map(_over_dense, found)) < 1
         cells.append([name, values, sparsity, *(_times(by_n, n) for n in ns), f"{found[0]['roof']:.2f}x"])
@@ -337,7 +335,12 @@ def _kind(row: Row) -> str:
 
 
 def _label(row: Row) -> str:
-    return f"{row['m']}x{row['k']}, {row['sparsity']:.0%} zeros, {_kind(row)}, n = {row['n']}"
+    return f"{_matrix(row)}, {row['sparsity']:.0%} zeros, {_kind(row)}, n = {row['n']}"
+
+
+def _matrix(row: Row) -> str:
+    shape = f"{row['m']}x{row['k']}"
+    return f"{row['model']}, {row['layer']}, {shape}" if "layer" in row else shape
 
 
 def _plot(axes, rows: list[Row], ns: list[int]) -> None:

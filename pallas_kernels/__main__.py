@@ -30,6 +30,13 @@ CHECK_ROW = "{:<10} {:<{width}} {:<9} {:>8} {:>7}  {}"
 BENCH_ROW = "{:<{width}} {:<9} {:>9} {:>9} {:>7} {:>9} {:>8}  {}"
 
 
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not seconds > 0:
+        raise argparse.ArgumentTypeError(f"must be above 0; got {text}")
+    return seconds
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     main = argparse.ArgumentParser(prog="python -m pallas_kernels", description="A workbench for GPU kernels.")
@@ -44,7 +51,7 @@ def parser() -> argparse.ArgumentParser:
     check = command("check", "against the reference, under the race detector, and lowered for each GPU; needs none")
     check.add_argument("--case", metavar="CASE", help="this case alone (and no lowering)")
     check.add_argument(
-        "--timeout", type=float, default=TIMEOUT_S, metavar="SECONDS", help="until a kernel is deadlocked"
+        "--timeout", type=_seconds, default=TIMEOUT_S, metavar="SECONDS", help="until a kernel is deadlocked"
     )
     tuning = command("tune", "time every candidate config and keep the best (on a GPU)")
     tuning.add_argument("--minutes", type=float, default=math.inf, help="start no further config after these")

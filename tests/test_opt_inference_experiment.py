@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from experiments import opt, opt_inference, opt_peers, opt_serving, programs
+from experiments import opt, opt_decode, opt_inference, opt_peers, opt_serving, programs
 from experiments.__main__ import main
 from experiments.records import LONGEST, choose_records, made_up_records, read_records
 from experiments.runs import Run
@@ -180,6 +180,15 @@ def test_texts_that_are_drawn_do_not_run_in_circles(model):
 def test_what_is_refused(tmp_path, experiment, changes, message):
     config = dataclasses.replace(experiment.Config.smoke(), **changes)
     with Run.start("opt", config, root=tmp_path) as run, pytest.raises(ValueError, match=message):
+        experiment.run(config, run)
+
+
+@pytest.mark.parametrize("experiment", [opt_inference, opt_decode])
+def test_a_profile_is_looked_for_before_anything_is_measured(tmp_path, monkeypatch, experiment):
+    monkeypatch.setattr(opt_peers, "measure_prefill", None)
+    monkeypatch.setattr(opt_peers, "measure_decode", None)
+    config = dataclasses.replace(experiment.Config.smoke(), profile=tmp_path / "nowhere.csv", no_peers=False)
+    with Run.start("opt", config, root=tmp_path) as run, pytest.raises(FileNotFoundError, match="nowhere.csv"):
         experiment.run(config, run)
 
 

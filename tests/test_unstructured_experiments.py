@@ -110,7 +110,7 @@ def test_spmm_takes_the_layers_of_pruned_models_and_random_ones_like_them(pruned
     assert rows[0]["sparsity"] == pytest.approx(0.7, abs=0.05) and rows[0]["mask"] == "pruned"
     assert [row["values"] for row in rows] == ["bfloat16", "int8"] and rows[1]["roof"] > rows[0]["roof"]
     text, _ = unstructured_spmm.readme({"rows": rows})
-    assert "| layers.0.fc1, 32x32 | bfloat16 |" in text
+    assert "| pruned, layers.0.fc1, 32x32 | bfloat16 |" in text
 
 
 def test_spmm_says_from_which_n_on_dense_wins():

@@ -248,6 +248,10 @@ def test_wrong_use_exits_2_with_one_sentence(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().err == "tune needs an NVIDIA GPU that jax can use; this machine has cpu only\n"
     assert run_command(monkeypatch, "bench", path) == 2
     assert "bench needs an NVIDIA GPU" in capsys.readouterr().err
+    for seconds in ("0", "-5", "nan"):
+        with pytest.raises(SystemExit):
+            run_command(monkeypatch, "check", path, "--timeout", seconds)
+        assert f"argument --timeout: must be above 0; got {seconds}" in capsys.readouterr().err
 
 
 def test_list_says_what_is_there(monkeypatch, capsys):
