@@ -7,14 +7,20 @@ each a thread, and takes every `consumers`-th neuron of the block's: a dot produ
 a multiply-add to y. The y of all warpgroups of a block are added in shared memory, those of all blocks by XLA, in one
 fixed order, where it fuses with what follows.
 
+A block's neurons are those whose place in the list is its own number, its number and the number of blocks, and so on:
+where they stand does not depend on how many count, so their numbers are loaded together with the count, `AHEAD` of them
+before their rows are copied.
+
 Budget at d_model 7168 on an H200, for each neuron of a block 28 kB: 880 ns of memory, 130 ns of shared memory, 4 * 56
 instructions a thread. Beside the bytes: launch 1.3 us, list and first row 1.2 us, and the partial sums of 132 blocks,
 3.8 MB written and read through L2, 0.7 us here and about 2 us in XLA's launch.
 
-Measured there, 7168 x 28672 in bfloat16, in us (share of the bytes' time at 4.3 TB/s) at 5 / 10 / 20 / 50%, lists that
-change from call to call: 17.7 (54%) / 28.0 (68%) / 46.9 (81%) / 102 (94%), of which XLA's sum is 1.9 to 2.5; one
-consumer 19.5 / 30.1 / 49.0 / 104, three as two; the two launches of `batched` 21.0 / 32.1 / 51.2 / 108; both products
-dense 191. So about 6 us do not shrink with the list, twice the budget: the first thing to look into.
+Measured there, 7168 x 28672 in bfloat16, in us (share of the bytes' time at 4.3 TB/s) at 5 / 10 / 20 / 50%, sorted
+lists that change from call to call: 17.0 (56%) / 27.0 (71%) / 45.0 (85%) / 98.6 (97%), of which XLA's sum is 2.0 to
+2.1; as it was before, each block with a run of the list whose numbers are loaded one by one behind the count, 17.4 /
+28.0 / 46.7 / 102, and then with three consumers 17.5 / 27.6 / 46.4 / 102, with one 2 us more than with two; the two
+launches of `batched` 4 to 6 us more; both products dense 191. With one neuron listed the kernel takes 4.05 us and XLA's
+sum 1.9: these 6 us do not shrink with the list, and two launches of 1.3 us are nearly half of them.
 """
 
 import functools
@@ -39,6 +45,7 @@ from pallas_kernels.tile.launch import lowered_once
 
 WARPS = 4  # of a warpgroup
 PRODUCER_REGISTERS = 40
+AHEAD = 4  # neurons whose numbers are loaded before their rows are copied: each by itself would wait for memory
 REGISTERS = {2: 224, 3: 152}  # a thread, by the warpgroups that compute; a single one has all that a thread can
 
 
@@ -86,59 +93,59 @@ def dot_interpreted(a: jax.Array, b: jax.Array, sums_smem) -> jax.Array:
     return jnp.sum(a * b)
 
 
-def _share(count) -> tuple[jax.Array, jax.Array]:
-    """First and last of this block's entries: equal runs of the list, to within one."""
-    sm, sms = lax.axis_index("sm"), lax.axis_size("sm")
-    size, more = lax.div(count, sms), lax.rem(count, sms)
-    first = sm * size + jnp.minimum(sm, more)
-    return first, first + size + (sm < more).astype(jnp.int32)
+def _entry(t) -> jax.Array:
+    """Where this block's t-th neuron stands in the list: known before the list's count is."""
+    return lax.axis_index("sm") + t * lax.axis_size("sm")
 
 
-def _produce(w1_gmem, w2_gmem, neurons_gmem, share, w_smem, full, empty) -> None:
-    """The producer warpgroup: the rows of both matrices, entry by entry."""
-    first, last = share
+def _neuron(neurons_gmem, t) -> jax.Array:
+    """This block's t-th neuron, or another entry where it has none."""
+    return neurons_gmem[jnp.minimum(_entry(t), neurons_gmem.shape[0] - 1)]
+
+
+def _produce(w1_gmem, w2_gmem, neurons_gmem, number, w_smem, full, empty) -> None:
+    """The producer warpgroup: the rows of both matrices, neuron by neuron."""
     stages = w_smem.shape[0]
 
-    def copy(i, _):
-        slot = lax.rem(i - first, stages)
-        neuron = neurons_gmem[i]
-        pl.when(i - first >= stages)(lambda: plgpu.barrier_wait(empty.at[slot]))
+    def copy(t, ahead):
+        slot = lax.rem(t, stages)
+        neuron, *ahead = (*ahead, _neuron(neurons_gmem, t + AHEAD))
+        pl.when(t >= stages)(lambda: plgpu.barrier_wait(empty.at[slot]))
         for matrix, w_gmem in enumerate((w1_gmem, w2_gmem)):
             plgpu.copy_gmem_to_smem(w_gmem.at[neuron], w_smem.at[slot, matrix], full.at[slot])
+        return tuple(ahead)
 
-    def wait_until_free(i, _):
-        plgpu.barrier_wait(empty.at[lax.rem(i - first, stages)])
+    def wait_until_free(t, _):
+        plgpu.barrier_wait(empty.at[lax.rem(t, stages)])
 
-    lax.fori_loop(first, last, copy, None)
-    lax.fori_loop(jnp.maximum(last - stages, first), last, wait_until_free, None)
+    lax.fori_loop(0, number, copy, tuple(_neuron(neurons_gmem, t) for t in range(AHEAD)))
+    lax.fori_loop(jnp.maximum(number - stages, 0), number, wait_until_free, None)
 
 
 def _consume(
-    x_gmem, b1_gmem, own_gmem, neurons_gmem, share, w_smem, sums_smem, full, empty, *, dot, consumers, activation
+    x_gmem, b1_gmem, own_gmem, neurons_gmem, number, w_smem, sums_smem, full, empty, *, dot, consumers, activation
 ):
     """A warpgroup that multiplies: its part of the block's y."""
-    first, last = share
     shape, stages = x_gmem.shape, w_smem.shape[0]
     layout = _strided(shape)
     load = functools.partial(plgpu.load, layout=layout)
     x = load(x_gmem).astype(jnp.float32)
 
-    def of_entry(i):
-        """The neuron's bias, and whether it is the token's own: 0 if not, None if all are."""
+    def of_neuron(t):
+        """Of this block's t-th: the neuron's bias, and whether it is the token's own: 0 if not, None if all are."""
         if b1_gmem is None and own_gmem is None:
             return jnp.float32(0), None
-        listed = i < last  # what follows the share may be anything
-        neuron = jnp.where(listed, neurons_gmem[jnp.where(listed, i, 0)], 0)
+        neuron = jnp.where(t < number, _neuron(neurons_gmem, t), 0)  # what follows the list may be anything
         bias = jnp.float32(0) if b1_gmem is None else b1_gmem[neuron].astype(jnp.float32)
         return bias, None if own_gmem is None else own_gmem[neuron]
 
-    def add_neuron(t, carry):
+    def add_neuron(step, carry):
         y, (bias, own) = carry
-        i = own_first + t * consumers
-        slot = lax.rem(i - first, stages)
-        upcoming = of_entry(i + consumers)  # under way while this neuron is computed
+        t = own_first + step * consumers
+        slot = lax.rem(t, stages)
+        upcoming = of_neuron(t + consumers)  # under way while this neuron is computed
         plgpu.barrier_wait(full.at[slot])
-        h = dot(load(w_smem.at[slot, 0]).astype(jnp.float32), x, sums_smem.at[lax.rem(t, 2)]) + bias
+        h = dot(load(w_smem.at[slot, 0]).astype(jnp.float32), x, sums_smem.at[lax.rem(step, 2)]) + bias
         h = epilogue.ACTIVATIONS[activation](h).astype(w_smem.dtype).astype(jnp.float32)
         h = h if own is None else jnp.where(own != 0, h, 0.0)
         y += h * load(w_smem.at[slot, 1]).astype(jnp.float32)
@@ -146,9 +153,10 @@ def _consume(
         plgpu.barrier_arrive(empty.at[slot])
         return y, upcoming
 
-    own_first = first + lax.axis_index("warpgroup")
+    own_first = lax.axis_index("warpgroup")
     y = plgpu.layout_cast(jnp.zeros(shape, jnp.float32), layout)
-    return lax.fori_loop(0, pl.cdiv(last - own_first, consumers), add_neuron, (y, of_entry(own_first)))[0]
+    steps = pl.cdiv(jnp.maximum(number - own_first, 0), consumers)
+    return lax.fori_loop(0, steps, add_neuron, (y, of_neuron(own_first)))[0]
 
 
 def _combine(y: jax.Array, y_smem, out_gmem, combined) -> None:
@@ -176,20 +184,21 @@ def _fused_kernel(
 ):  # fmt: skip
     refs = dict(zip(names, args, strict=True))
     warpgroup, consumers = lax.axis_index("warpgroup"), config.consumers
-    share = _share(jnp.clip(refs["count"][0], 0, refs["neurons"].shape[0]))
+    left = jnp.clip(refs["count"][0], 0, refs["neurons"].shape[0]) - lax.axis_index("sm")
+    number = pl.cdiv(jnp.maximum(left, 0), lax.axis_size("sm"))  # of the block's neurons
 
     @pl.when(warpgroup == consumers)
     def _producer():
         if consumers > 1:
             plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
-        _produce(refs["w1"], refs["w2"], refs["neurons"], share, w_smem, full, empty)
+        _produce(refs["w1"], refs["w2"], refs["neurons"], number, w_smem, full, empty)
 
     @pl.when(warpgroup < consumers)
     def _consumer():
         if consumers > 1:
             plgpu.set_max_registers(REGISTERS[consumers], action="increase")
         y = _consume(
-            refs["x"], refs.get("b1"), refs.get("own"), refs["neurons"], share, w_smem, sums_smem.at[warpgroup],
+            refs["x"], refs.get("b1"), refs.get("own"), refs["neurons"], number, w_smem, sums_smem.at[warpgroup],
             full, empty, dot=dot_interpreted if interpret else dot, consumers=consumers, activation=activation,
         )  # fmt: skip
         _combine(y, y_smem, refs["out"], combined)
