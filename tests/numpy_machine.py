@@ -16,7 +16,7 @@ from pallas_kernels.unstructured_matmul.mosaic import by_column, divide
 
 MACHINE_OPERATIONS = (
     "begin_barriers", "expect", "arrive", "copy", "wait", "load_half", "load_word", "load_matrices",
-    "multiply_tile", "multiply_block"
+    "multiply_tile", "multiply_blocks"
 )  # fmt: skip
 
 
@@ -194,7 +194,7 @@ class Machine:
                 out[i, first : first + 32] += product[own // 4 + 8 * (i // 2), own % 4 * 2 + i % 2]
         return [Int(r.view(np.int32)) for r in out]
 
-    def multiply_block(self, acc, a, x, tiles, dtype):
+    def multiply_blocks(self, acc, a, x, tiles, dtype):
         """By the PTX manual's fragments of wgmma.m64nNk16: a warp has 16 rows, each a quarter of a warpgroup's."""
 
         def pairs(register):
@@ -202,17 +202,19 @@ class Machine:
             return halves.astype(np.uint16).view(jnp.dtype(dtype))
 
         assert np.unique(number(x)).size == 1, "a warpgroup has one x"
-        start, own, n = int(number(x)[0]), np.arange(32), 8 * tiles
+        start, own, n, blocks = int(number(x)[0]), np.arange(32), 8 * tiles, len(a) // 16
         assert start % 1024 == 0
+        size = blocks * 128 * n
         for warp_number in np.unique(self.active() // 32):
-            self.read_by(warp_number, np.arange(start, start + 128 * n, self.GRANULE) // self.GRANULE)
-        swizzled = self.bytes[start : start + 128 * n].view(jnp.dtype(dtype)).reshape(n, 8, 8)
+            self.read_by(warp_number, np.arange(start, start + size, self.GRANULE) // self.GRANULE)
+        swizzled = self.bytes[start : start + size].view(jnp.dtype(dtype)).reshape(blocks, n, 8, 8)
         chunks = np.arange(8) ^ np.arange(n)[:, None] % 8
-        columns = np.take_along_axis(swizzled, chunks[:, :, None], axis=1).reshape(n, 64).astype(np.float32).T
+        columns = np.take_along_axis(swizzled, chunks[None, :, :, None], axis=2).reshape(blocks, n, 64)
+        columns = columns.astype(np.float32).swapaxes(1, 2).reshape(blocks * 64, n)
         out = np.stack([number(r).astype(np.int32).view(np.float32) for r in acc])
         for first in range(0, lanes.BLOCK.threads.size, 32):
             in_warp = slice(first, first + 32)
-            rows = np.zeros((16, 64), np.float32)
+            rows = np.zeros((16, blocks * 64), np.float32)
             for t, register in enumerate(a):
                 for pair in range(2):
                     column = t // 4 * 16 + t // 2 % 2 * 8 + own % 4 * 2 + pair

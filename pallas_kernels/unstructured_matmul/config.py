@@ -18,6 +18,7 @@ X_TILE_BYTES = layout.BLOCK * TILE_N * 2  # of x, of a block and tile
 QUAD = 4  # blocks of a strip that the loop's body takes
 STEPS = 4  # of x in shared memory
 MMA_TILES = 2  # up to so many tiles a warp multiplies by mma, without waiting for the three others of a wgmma
+WGMMA_BLOCKS = 2  # whose wgmmas are begun together: the four warps wait for one another once for both
 SMS = 132  # of an H200: what the heuristic counts with
 MANY_ROWS, MANY_QUICK_ROWS = 7.5, 5.0  # of values that a block takes on average, of 16: from there on a fifth piece
 SLOWER = {4: 1.0, 3: 1.15, 2: 1.2, 1: 1.7}  # a strip of a block of so many warpgroups: fewer warps hide less latency

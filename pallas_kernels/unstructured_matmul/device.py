@@ -302,15 +302,19 @@ def _multiply_strip(strip: Strip, state: list[Int], steps: Steps, before: Int) -
     block_bytes = work.tiles * X_TILE_BYTES
 
     def multiply_quad(quad, carry):
-        sums, place = carry[len(state) :], ln.constant(0)
+        sums, place, decoded = carry[len(state) :], ln.constant(0), []
 
         def multiply(block, registers):
             nonlocal place
-            number, within = divmod(block, work.step_blocks)
+            decoded.extend(registers)
+            if (block + 1) % work.blocks_at_once:
+                return
+            number, within = divmod(block + 1 - work.blocks_at_once, work.step_blocks)
             step = before + quad * (QUAD // work.step_blocks) + number
             place = place if within else steps.next(step)
-            sums[:] = _multiply_block(work, sums, registers, place + within * block_bytes)
-            if within == work.step_blocks - 1:
+            sums[:] = _multiply_blocks(work, sums, decoded, place + within * block_bytes)
+            decoded.clear()
+            if within == work.step_blocks - work.blocks_at_once:
                 steps.release(step)
 
         return strip.decode_quad(carry[: len(state)], quad * QUAD, multiply) + sums
@@ -319,11 +323,11 @@ def _multiply_strip(strip: Strip, state: list[Int], steps: Steps, before: Int) -
     return carry[: len(state)], carry[len(state) :]
 
 
-def _multiply_block(work: Work, sums: list[Int], registers: list[Int], x: Int) -> list[Int]:
-    """`sums`, and a block's registers times its x in shared memory, at address `x`."""
+def _multiply_blocks(work: Work, sums: list[Int], registers: list[Int], x: Int) -> list[Int]:
+    """`sums`, and the registers of `blocks_at_once` times their x in shared memory, at address `x`."""
     tiles = work.tiles
     if tiles > MMA_TILES:
-        return warp.multiply_block(sums, registers, x, tiles, work.dtype)
+        return warp.multiply_blocks(sums, registers, x, tiles, work.dtype)
     lane = ln.thread() % ln.WARP
     column = (lane % TILE_N) * warp.SWIZZLE
     chunks = [column + (lane // TILE_N + 4 * half ^ lane % TILE_N) * warp.CHUNK_BYTES for half in range(2)]

@@ -7,7 +7,7 @@ from jax.experimental import pallas as pl
 from pallas_kernels.tile import lane as ln
 from pallas_kernels.tile.lane import Int
 from pallas_kernels.unstructured_matmul import layout
-from pallas_kernels.unstructured_matmul.config import QUAD, Config, step_blocks, tiles
+from pallas_kernels.unstructured_matmul.config import MMA_TILES, QUAD, WGMMA_BLOCKS, Config, step_blocks, tiles
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,6 +80,11 @@ class Work:
     def step_blocks(self) -> int:
         """Of x, that are copied together."""
         return step_blocks(self.config, self.tiles)
+
+    @property
+    def blocks_at_once(self) -> int:
+        """Of a step, that are multiplied together."""
+        return 1 if self.tiles <= MMA_TILES else min(WGMMA_BLOCKS, self.step_blocks)
 
     @property
     def padded_blocks(self) -> int:

@@ -82,19 +82,20 @@ def rotate_right(x: Int, bits: int) -> Int:
     return Int(llvm.intr_fshr(x.value, x.value, constant(bits).value)) if bits else x
 
 
-def multiply_block(acc: Sequence[Int], a: Sequence[Int], x: Int, tiles: int, dtype: str) -> list[Int]:
-    """acc + a x, of a block: wgmma by the four warps of a warpgroup, of which each has 16 rows of its own.
+def multiply_blocks(acc: Sequence[Int], a: Sequence[Int], x: Int, tiles: int, dtype: str) -> list[Int]:
+    """acc + a x, of blocks: wgmma by the four warps of a warpgroup, of which each has 16 rows of its own.
 
     Args:
         acc: bits of float32, 4 registers a tile.
-        a: 16 registers, 4 for each 16 columns.
-        x: address of the block's x in shared memory, as `pipelines.Steps` has it.
+        a: 16 registers a block, 4 for each 16 columns.
+        x: address of the first block's x in shared memory, as `pipelines.Steps` has it; the others' follow.
         tiles: of 8 columns of x.
         dtype: of a and x.
     """
     kind, n, f32 = {"bfloat16": "bf16", "float16": "f16"}[dtype], 8 * tiles, ir.F32Type.get()
-    own, rest = range(len(acc)), range(len(acc), 2 * len(acc) + len(a) + 4)
-    before, registers, starts = rest[: len(acc)], rest[len(acc) : -4], rest[-4:]
+    products = len(a) // 4
+    own, rest = range(len(acc)), range(len(acc), 2 * len(acc) + len(a) + products)
+    before, registers, starts = rest[: len(acc)], rest[len(acc) : -products], rest[-products:]
     code = [".reg .b64 d;", *(f"mov.b32 ${i}, ${j};" for i, j in zip(own, before, strict=True))]
     code.append("wgmma.fence.sync.aligned;")
     for q, start in enumerate(starts):
@@ -104,8 +105,8 @@ def multiply_block(acc: Sequence[Int], a: Sequence[Int], x: Int, tiles: int, dty
         code.append(f"{product} {{{sums}}}, {{{of_a}}}, d, 1, 1, 1, 0;")
     # Waited for at once: the registers of `a` are free again, and other warpgroups have work meanwhile.
     code += ["wgmma.commit_group.sync.aligned;", "wgmma.wait_group.sync.aligned 0;"]
-    low = (x & 0x3FFFF) >> 4
-    of_starts = [low + q * 2 for q in range(4)]  # of 16 bytes
+    low, block = (x & 0x3FFFF) >> 4, n * SWIZZLE // 16  # in units of 16 bytes
+    of_starts = [low + (q // 4 * block + q % 4 * 2) for q in range(products)]
     operands = [*(arith.bitcast(f32, r.value) for r in acc), *(r.value for r in (*a, *of_starts))]
     out: Any = utils.inline_ptx(
         "{ " + " ".join(code) + " }", *operands, result_types=[f32] * len(acc), has_side_effects=True, convergent=True
