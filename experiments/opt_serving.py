@@ -14,8 +14,10 @@ real one: while it is timed, its tokens are drawn evenly. `--source` serves a ch
 its `--predictors` are given. The check: some greedy answers of rows that were refilled, and of a row beside them, each
 token fed to the model as it is alone and simulating what it lists; `error` is how far below the largest logit that of
 the answer's token lies at most, in standard deviations of the logits. Rounding gives hundredths, in bfloat16 over 32
-layers up to two tenths, a wrong row of the cache gives 1 and more. Where rows share their lists, no text goes on beside
-one that is checked.
+layers up to a tenth; over listed neurons up to three tenths, as rounding decides whether a neuron at its predictor's
+threshold is listed (an answer of 427 tokens of OPT-6.7B: 0.26 where it is served alone, 0.22 beside 31 others that list
+their own, and 0.26 so by masks); a wrong row of the cache gives 1 and more. Where rows share their lists, no text goes
+on beside one that is checked.
 
 Expected on an H200, in two and a half minutes: OPT-6.7B writes 3,700 tokens a second, over listed neurons 4,000.
 """
@@ -47,7 +49,8 @@ from sparsellm.serving import Answer, Request, serve, statistics
 from sparsellm.unstructured import compressed_layers
 
 VARIANTS = ("dense", "sparse")
-TOLERANCE = 0.25  # of `error`; bfloat16 and dozens of layers
+BY_TEXT = "sparse by text"
+TOLERANCE, LISTED_TOLERANCE = 0.25, 0.5  # of `error`; bfloat16 and dozens of layers
 MOST_TRIES = 5  # to serve the stream without compiling anything
 NEVER = -1  # no token ends a text
 NOISE = 1e6  # beside it, the logits of a model are alike
@@ -152,6 +155,7 @@ def measure(config: Config) -> list[Row]:
     for variant in variants:
         served, reference = variant_of(model, variant, config)
         named = "compressed" if variant == "dense" and any(compressed_layers(model)) else variant
+        named = BY_TEXT if variant == "sparse" and config.per_sequence else named
         row = about | {"variant": named} | _measure(config, served, reference, requests)
         print(", ".join(f"{name} {value}" for name, value in row.items() if name != "latencies_s"), flush=True)
         rows.append(row)
@@ -210,7 +214,7 @@ def _measure(config: Config, model: OPT, reference: OPT, requests: list[Request]
     last = requests[-config.samples :]
     pairs = [pair for request in last for pair in _refilled(own, requests, request, shared, serving)]
     error = max(float(largest_gap(reference, *pair, config.cache_length)) for pair in pairs)
-    if not error <= TOLERANCE:
+    if not error <= (TOLERANCE if model is reference else LISTED_TOLERANCE):
         raise RuntimeError(
             f"an answer's token lies {error:.2f} standard deviations below the likeliest: not the model's"
         )
@@ -292,11 +296,12 @@ def _largest_gap(graphdef, state, prompt: Int[Array, "1 length"], ends, tokens: 
 def headlines(result: dict[str, Any]) -> list[list[str]]:
     """The whole stream."""
     seconds = {row["variant"]: row["seconds"] for row in result["rows"]}
-    if "sparse" not in seconds:
-        return []
-    row = result["rows"][0]
-    what = f"{row['model']}, a stream of {row['requests']} requests on {row['batch']} rows"
-    return [headline(what, seconds["sparse"], "s", seconds.get("dense"))]
+    row, what = result["rows"][0], "{model}, a stream of {requests} requests on {batch} rows"
+    return [
+        headline(what.format_map(row) + of_text, seconds[variant], "s", seconds.get("dense"))
+        for variant, of_text in (("sparse", ""), (BY_TEXT, ", each text its own neurons"))
+        if variant in seconds
+    ]
 
 
 def readme(result: dict[str, Any]) -> tuple[str, dict[str, bytes]]:
