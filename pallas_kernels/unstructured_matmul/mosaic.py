@@ -16,12 +16,12 @@ Paired, a place is a word, and a word a register (`decode_pairs`): 16 loads a bl
 put zeros where nothing is stored, half of the mask words and of the popcounts: 150 with wgmma for 16 columns, where
 single elements take 182, for 1.5 times their bytes at 70% and 80% zeros.
 
-Microseconds of 28672 x 7168 with 8, 16 and 32 columns of x, by zeros, of one run (`unstructured_spmm`); cuBLAS took 99,
-94 and 95, XLA's choice 99, 103 and 103:
+Microseconds of 28672 x 7168 with 8, 16 and 32 columns of x, by zeros, of one run (`unstructured_spmm`); cuBLAS took
+102, 102 and 107 in it and 99, 94 and 95 in the one before, XLA's choice 101, 105 and 109 and 99, 103 and 103:
 
                         50%               60%               70%               80%
-    single        63 / 66 / 74      60 / 64 / 71      56 / 61 / 67      56 / 61 / 67
-    paired        82 / 84 / 87      72 / 74 / 78      61 / 63 / 66      48 / 49 / 57
+    single        64 / 67 / 72      61 / 64 / 71      56 / 61 / 66      56 / 61 / 65
+    paired        84 / 85 / 89      74 / 75 / 79      61 / 63 / 66      48 / 49 / 54
     bytes         56, paired 77     47, paired 66     37, paired 54     27, paired 40
   x by cp.async, as it was before, dense 96 to 102, 104 to 109 and 102 to 105:
     single        66 / 70 / 88      63 / 67 / 82      59 / 65 / 80      60 / 65 / 80
@@ -32,8 +32,13 @@ MEMBAR that waits for all that is in flight, mask words too. By a tensor map x c
 and fewer instructions a quad of blocks (531 -> about 490 in pairs, for 32 columns): copies by an elected lane, no loop
 over lanes; rows of a part's first and last section at an address of each lane's own, else ptxas keeps them in registers
 that all share and waits for them where a part begins; a word of a pair loaded only where one is stored, in place of
-PRMT and LOP. Tried on top, in us of 80% zeros, 8 / 16 / 32 columns (49.1 / 49.9 / 56.9): the next wgmma begun before
-the last is waited for, two sums of a lone tile, barriers of values found earlier: 48.9 / 50.2 / 62.0; not taken.
+PRMT and LOP. Then the wgmmas of two blocks begun together, whose four warps wait for one another half as often: 56.5 us
+of 80% zeros with 32 columns became 54.1, 74.4 of 50% 71.9, 70% and 64 columns within 1 us. Tried on top and not taken:
+
+    before that, with 8 / 16 / 32 columns (49.1 / 49.9 / 56.9): the next wgmma begun before the last is waited for, two
+        sums of a lone tile, barriers of values found earlier: 48.9 / 50.2 / 62.0
+    mma for 32 columns: 60.2 with 5 pieces and 58.5 with 4, where wgmma took 56.5 and 58.4
+    a look at the ring for two blocks, not for each: 55.4 for 56.5, with two wgmmas 55.7 for 54.1, at 50% 2 to 3 us more
 
 What paired ones spent at 80% zeros, by cp.async and before the ring went on from part to part (below), by leaving out
 values ("v": not copied, not waited for), x, the tensor core ("t") and decoding ("d"):
