@@ -183,7 +183,7 @@ def _write(
     batch, slots = old.shape[:2]
     if batch == 1 and places.decoding and places.filled is not None:
         column = places.filled[0] - places.mask[0, 0].astype(jnp.int32)
-        return lax.dynamic_update_slice(old, new.astype(old.dtype), (0, column, 0, 0))
+        return lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), column, axis=1)
     nowhere = slots + jnp.arange(places.mask.size, dtype=jnp.int32).reshape(places.mask.shape)  # distinct there too
     column = jnp.where(places.mask, places.positions, nowhere)
     packing = places.packing

@@ -137,18 +137,24 @@ def load[M: nnx.Module](
 
 
 def save(architecture: Architecture, model: Any, folder: str | Path, *, overwrite: bool = False) -> None:
-    """Writes a native checkpoint (Orbax), which `load` reads; arguments and errors of `save_checkpoint`."""
-    config = {"model_type": architecture.model_type, **dataclasses.asdict(model.config), **_layouts(model)}
+    """Writes a native checkpoint (Orbax), which `load` reads; arguments and errors of `save_checkpoint`.
+
+    Raises:
+        ValueError: the model has other parameters than its config says, as where layers are wrapped: `load` could not
+            read them.
+    """
+    compressed = _layouts(architecture, model)
+    config = {"model_type": architecture.model_type, **dataclasses.asdict(model.config), **compressed}
     state = {dotted(path): variable[...] for path, variable in nnx.to_flat_state(nnx.state(model, SAVED))}
     save_checkpoint(folder, config, state, overwrite=overwrite)
 
 
 def save_hf(architecture: Architecture, model: Any, folder: str | Path, **options: Any) -> None:
-    """Writes a folder that transformers can load; options and errors of `huggingface.save_folder`.
+    """Writes a folder that transformers can load; options and errors of `huggingface.save_folder`, and of `save`.
 
     That of a compressed model is for `load` alone: its model_type is one that transformers refuses.
     """
-    compressed = _layouts(model)
+    compressed = _layouts(architecture, model)
     config = {
         "architectures": [architecture.name],
         "model_type": architecture.model_type + (f"-{COMPRESSED}" if compressed else ""),
@@ -202,9 +208,18 @@ def tensor_name(path: ParameterPath) -> str:
     return dotted((*path[:-1], TENSOR_NAMES[path[-1]]))
 
 
-def _layouts(model: nnx.Module) -> dict[str, Any]:
-    """What config.json says of compressed layers: nothing where there are none."""
-    found = layouts(model)
+def _layouts(architecture: Architecture, model: Any) -> dict[str, Any]:
+    """What config.json says of compressed layers: nothing where there are none.
+
+    Raises:
+        ValueError: what is made of that and the model's config has other parameters.
+    """
+    found, make = layouts(model), cast(Callable[..., Any], architecture.model)
+    described = nnx.eval_shape(lambda: with_layouts(make(model.config, rngs=nnx.Rngs(0)), found, "the model"))
+    wanted, there = ({dotted(path) for path, _ in nnx.to_flat_state(nnx.state(m, SAVED))} for m in (described, model))
+    if differing := sorted(wanted ^ there):
+        named = ", ".join(differing[:4]) + (f" and {len(differing) - 4} more" if len(differing) > 4 else "")
+        raise ValueError(f"a saved model must have the parameters that its config says; differs in {named}")
     return {COMPRESSED: found} if found else {}
 
 

@@ -1,8 +1,21 @@
-"""Checks that every model's configuration makes."""
+"""What every model's configuration makes sure of."""
 
+import dataclasses
 from typing import Any
 
 DTYPES = ("bfloat16", "float16", "float32")
+
+
+def normalise(config: Any) -> None:
+    """Turns numbers and arrays of numpy and JAX among the fields into Python's: what config.json can hold."""
+    for field in dataclasses.fields(config):
+        object.__setattr__(config, field.name, _python(getattr(config, field.name)))
+
+
+def _python(value: Any) -> Any:
+    if isinstance(value, tuple | list):
+        return type(value)(map(_python, value))
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def check_sizes(config: Any, *names: str) -> None:

@@ -13,7 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from models.attention import KVCache, Places, attend, place_tokens, run_layers, write_slots
-from models.config import check_dtypes, check_sizes
+from models.config import check_dtypes, check_sizes, normalise
 from models.layers import RMSNorm, embed, linear, vocabulary_logits
 from sparsellm.mixture_of_experts import LinearRouter, MixtureOfExperts, RouterRule
 from sparsellm.packing import Packing
@@ -64,6 +64,7 @@ class MixtralConfig:
     init_std: float = 0.02
 
     def __post_init__(self):
+        normalise(self)
         sizes = ("vocab_size", "layers", "d_model", "heads", "kv_heads", "d_ff", "experts", "top_k", "max_length")
         optional = [name for name in ("head_dim", "sliding_window") if getattr(self, name) is not None]
         check_sizes(self, *sizes, *optional)

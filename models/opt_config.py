@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from models.activations import check_activation
-from models.config import check_dtypes, check_sizes
+from models.config import check_dtypes, check_sizes, normalise
 from pallas_kernels.micro_tile_index import ROWS
 
 
@@ -64,6 +64,7 @@ class OPTConfig:
     layer_sizes: Sequence[Sequence[int]] | None = None
 
     def __post_init__(self):
+        normalise(self)
         sizes = ("vocab_size", "layers", "d_model", "heads", "d_ff", "max_length")
         check_sizes(self, *sizes, *(() if self.embed_dim is None else ("embed_dim",)))
         if self.d_model % self.heads:

@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from models.config import check_dtypes, check_sizes
+from models.config import check_dtypes, check_sizes, normalise
 from models.layers import linear
 from sparsellm.mixture_of_experts import CosineRouter, LinearRouter, MixtureOfExperts, RouterRule
 
@@ -71,6 +71,7 @@ class SwinMoEConfig:
     init_std: float = 0.005
 
     def __post_init__(self):
+        normalise(self)
         check_sizes(
             self, "image_size", "patch_size", "channels", "classes", "embed_dim", "window", "mlp_ratio", "top_k"
         )

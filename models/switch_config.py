@@ -4,7 +4,7 @@ import dataclasses
 import math
 from typing import Any, ClassVar
 
-from models.config import check_sizes
+from models.config import check_sizes, normalise
 
 DTYPES = ("bfloat16", "float32")  # T5's residual stream overflows float16
 CAPACITIES = ("none", "per_sequence")
@@ -64,6 +64,7 @@ class SwitchConfig:
     max_length: ClassVar[float] = math.inf
 
     def __post_init__(self):
+        normalise(self)
         widths = ("vocab_size", "d_model", "heads", "head_dim", "d_ff", "max_distance")
         check_sizes(self, "encoder_layers", "decoder_layers", "experts", "expert_capacity", *widths)
         for name, least in {

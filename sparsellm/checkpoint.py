@@ -158,12 +158,16 @@ def whole_folder(folder: str | Path, *, overwrite: bool = False) -> Iterator[Pat
     temporary, replaced = folder.with_name(f".{folder.name}.writing"), _replaced(folder)
     try:
         shutil.rmtree(temporary, ignore_errors=True)  # what a killed run left
+        if folder.exists():
+            shutil.rmtree(replaced, ignore_errors=True)
         temporary.mkdir(parents=True)
         yield temporary
         if folder.exists():
             folder.rename(replaced)
         temporary.rename(folder)
-        shutil.rmtree(replaced, ignore_errors=True)
+        if replaced.exists():  # under a name that nothing brings back, should removing it be killed
+            replaced.rename(temporary)
+        shutil.rmtree(temporary, ignore_errors=True)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         restore_interrupted(folder)

@@ -208,7 +208,9 @@ def train(
     """Trains `model` in place, from the last checkpoint in `folder` if there is one.
 
     Leaves `folder/checkpoints/<step>/` (the last two) and `folder/metrics.jsonl`, a line a step. Killed at any moment
-    and called again with the same arguments, it ends with the same parameters and the same losses.
+    and called again with the same arguments, it ends with the same parameters and the same losses. Ended by an error or
+    an interrupt instead, it leaves the model with the parameters of the last step; a call with this same model goes on
+    from the last checkpoint, and where there is none begins anew with these.
 
     Args:
         model: maps tokens [batch, length] to logits [batch, length, vocab]; all its state is `nnx.Param`.
@@ -237,6 +239,7 @@ def train(
         done = 0
         if checkpointer.latest is not None:
             state, done = _restore(checkpointer, state)
+            nnx.update(model, state.params)
         metrics = _continued_metrics(folder / "metrics.jsonl", done)
         if report and metrics:
             report(metrics[-1])
@@ -253,6 +256,7 @@ def train(
                     step=jnp.int32(step - 1),
                     accumulate=config.accumulate,
                 )
+                nnx.update(model, state.params)  # what it had is donated: whatever ends the loop, it can be used
                 # One step is waited for while the next one runs: else the device is idle while the host prepares it.
                 before, running = running, (step, values)
                 rows = [] if before is None else [journal.finish(*before)]
@@ -265,7 +269,6 @@ def train(
                 if report:
                     for row in rows:
                         report(row)
-    nnx.update(model, state.params)
     return metrics
 
 

@@ -1,5 +1,6 @@
 import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -131,6 +132,21 @@ def test_killed_between_the_two_renames(tmp_path):
     (tmp_path / "a").rename(tmp_path / ".a.replaced")
     assert load_config(tmp_path / "a") == {"n": 1}
     assert os.listdir(tmp_path) == ["a"]
+
+
+def test_killed_while_removing_what_was_replaced(tmp_path, monkeypatch):
+    """What is left of it neither stands in the way nor comes back."""
+    save_checkpoint(tmp_path / "a", {"n": 1}, {"w": jnp.ones(3)})
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.shutil, "rmtree", lambda *args, **kwargs: None)
+        save_checkpoint(tmp_path / "a", {"n": 2}, {"w": jnp.ones(3)}, overwrite=True)
+    assert len(os.listdir(tmp_path)) == 2
+    (tmp_path / "a").rename(tmp_path / "elsewhere")
+    assert not checkpoint.is_checkpoint(tmp_path / "a")
+    (tmp_path / "elsewhere").rename(tmp_path / "a")
+    shutil.copytree(tmp_path / "a", tmp_path / ".a.replaced")  # killed before it had another name
+    save_checkpoint(tmp_path / "a", {"n": 3}, {"w": jnp.ones(3)}, overwrite=True)
+    assert load_config(tmp_path / "a") == {"n": 3} and os.listdir(tmp_path) == ["a"]
 
 
 def test_interrupted_while_writing(tmp_path):

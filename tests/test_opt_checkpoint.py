@@ -19,6 +19,7 @@ from torch_zips import write_state_dict
 from models import OPT, OPTConfig, load_opt, save_hf, save_opt
 from sparsellm import huggingface
 from sparsellm.checkpoint import load_config, save_checkpoint
+from sparsellm.predictors import with_input_thresholds
 
 CONFIG = OPTConfig(vocab_size=61, layers=1, d_model=10, heads=2, d_ff=17, max_length=13)
 
@@ -304,6 +305,23 @@ def test_the_host_holds_one_tensor_at_a_time(tmp_path, monkeypatch, max_shard_by
     total, largest = 4 * sum(x.size for x in jax.tree.leaves(nnx.state(model))), 4 * 5003 * 128
     assert total > 8 * largest
     assert largest < peak[0] < 2.5 * largest  # one, and the bytes of the file that it is made from
+
+
+def test_a_config_of_numpys_numbers_is_saved(tmp_path, unchecked):
+    numbers = {"dropout": np.float32(0.25), "init_std": jnp.float32(0.5), "pre_norm": np.bool_(True)}
+    numbers |= {"layers": np.int64(1), "sparse_rows": np.array([8]), "thresholds": np.array([0.5])}
+    config = dataclasses.replace(CONFIG, **numbers)
+    assert config == dataclasses.replace(CONFIG, dropout=0.25, init_std=0.5, sparse_rows=(8,), thresholds=(0.5,))
+    save_opt(make(config), tmp_path / "a")
+    assert load_opt(tmp_path / "a", sparse_rows=config.sparse_rows).config == config
+
+
+@pytest.mark.parametrize("save", [save_opt, save_hf])
+def test_a_model_that_could_not_be_loaded_is_not_saved(save, tmp_path):
+    wrapped = with_input_thresholds(make(CONFIG), np.arange(12).reshape(2, 6), 0.5, select="fc2")
+    with pytest.raises(ValueError, match=r"differs in layers.0.fc2.bias, layers.0.fc2.kernel, layers.0.fc2.linear.b"):
+        save(wrapped, tmp_path / "a")
+    assert not os.listdir(tmp_path)
 
 
 def test_saved_folder(tmp_path):

@@ -14,7 +14,7 @@ import pytest
 from flax import nnx
 from safetensors.numpy import save_file
 
-from models import OPTConfig
+from models import OPT, OPTConfig
 from sparsellm.activations import Activations
 from sparsellm.predictors import (
     GatePredictor,
@@ -550,3 +550,6 @@ def test_what_teal_refuses():
     for options, message in refused:
         with pytest.raises(ValueError, match=message):
             with_input_thresholds(model, tokens, **options)
+    rows = OPT(OPTConfig(vocab_size=5, layers=1, d_model=8, heads=2, d_ff=8, sparse_rows=8), rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="applied by its own module to be calibrated; layers.0.fc1, layers.0.fc2 are"):
+        with_input_thresholds(rows, tokens, 0.5)

@@ -13,10 +13,11 @@ import pytest
 from flax import nnx
 from pruned_models import LENGTH, VOCAB, calibration, initial_opt, inputs_of, kernels, logits, tiny_opt, windows
 
-from models import OPT, load_opt, save_hf, save_opt
+from models import OPT, load_opt, save_hf, save_opt, with_predictors
 from sparsellm import pruning
 from sparsellm.explain import explain
 from sparsellm.mixture_of_experts import LinearRouter, MixtureOfExperts, RouterRule
+from sparsellm.predictors import LowRankPredictor
 from sparsellm.pruning import MAGNITUDE, METHODS, NM, RIA, WANDA, Blocks, SparseGPT, Unstructured, memory, prune
 from sparsellm.pruning.calibrate import sum_inputs
 from sparsellm.pruning.walk import _sparsities, prune_kernel
@@ -260,6 +261,31 @@ def test_a_killed_pruning_goes_on_where_it_was(tmp_path):
     for model, change in [(other, {}), *((tiny_opt(), change) for change in changes)]:
         with pytest.raises(ValueError, match="folder must be of the same pruning"):
             prune(model, WANDA, **options | change, folder=tmp_path)
+
+
+def test_numbers_of_numpy_go_into_the_folder_too(tmp_path, unchecked):
+    model, other = tiny_opt(), tiny_opt()
+    numbers: dict[str, Any] = {"sparsity": np.float32(0.5), "batch": np.int64(2)}
+    rows = prune(model, WANDA, windows=windows(), folder=tmp_path, **numbers)
+    assert prune(other, WANDA, sparsity=0.5, windows=windows(), batch=2, folder=tmp_path) == rows
+    by_path: Any = dict.fromkeys(kernels(model), np.float32(0.5))
+    assert len(prune(tiny_opt(), MAGNITUDE, sparsity=by_path, folder=tmp_path / "by path")) == len(rows)
+
+
+def test_under_x64():
+    plain, wide = tiny_opt(), tiny_opt()
+    prune(plain, SparseGPT(), sparsity=0.5, windows=windows())
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
+        prune(wide, SparseGPT(), sparsity=0.5, windows=windows())
+    for name, w in kernels(plain).items():
+        np.testing.assert_allclose(kernels(wide)[name], w, atol=1e-5, err_msg=name)
+
+
+def test_predictors_that_read_what_came_before_the_block_are_refused():
+    predictor = LowRankPredictor(16, 2, 4, look_ahead=True, rngs=nnx.Rngs(0))
+    model = with_predictors(tiny_opt(), None, "mask_everywhere", head_predictors=[predictor] * 3)
+    with pytest.raises(ValueError, match=r"calibrated without predictors that look ahead .* layers.0.self_attn"):
+        prune(model, WANDA, sparsity=0.5, windows=windows())
 
 
 def test_a_name_is_no_method():

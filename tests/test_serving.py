@@ -266,6 +266,14 @@ def test_the_cache_is_written_in_place(opt):
     assert not copies
 
 
+@pytest.mark.parametrize("fixture", ["opt", "mixtral"])
+def test_one_row_under_x64(fixture, request):
+    model = request.getfixturevalue(fixture)
+    expected = generate(model, [[1, 2]], max_new_tokens=3, eos_id=-1)
+    with jax.enable_x64(True):
+        assert generate(model, [[1, 2]], max_new_tokens=3, eos_id=-1) == expected
+
+
 SHARDED = """
 import jax, numpy as np
 from flax import nnx

@@ -293,6 +293,17 @@ def test_zeros_that_want_a_gradient_get_it(x, w):
         assert_same(actual[name], expected[name], 2e-3 if "float16" in name else 2e-5)
 
 
+@pytest.mark.parametrize("steps", [0, 1])
+def test_a_scan_may_end_as_it_begins(steps):
+    """Then zeros that want a gradient come out of it, where after a step they do not."""
+
+    def fn(w, x):
+        return (lax.scan(lambda c, _: (relu(c), None), w, None, length=steps)[0] @ x).sum()
+
+    operands = jnp.zeros((8, 8)), jnp.ones((8, 8))
+    assert_same(jax.grad(sparsify(fn, rules=[Rule("", "force")]))(*operands), jax.grad(fn)(*operands))
+
+
 def test_behind_a_relu_the_gradient_is_sparse_too(x, w):
     def fn(x, w):
         return jnp.where(jnp.asarray(MASK), 2 * relu(x).reshape(6, 8) / 3, 0) ** 2 @ w

@@ -22,6 +22,7 @@ from sparsellm import pruning, training
 from sparsellm.objectives import next_token_loss
 from sparsellm.pruning import MAGNITUDE, prune
 from sparsellm.pruning.structured import parameter_importance
+from sparsellm.unstructured import Treatment, compress
 
 
 @pytest.mark.parametrize("order", [1, 2])
@@ -98,6 +99,11 @@ def test_equal_layers_are_an_ordinary_model(tmp_path):
 def test_structures_that_cannot_go_are_refused(options, message, unchecked):
     with pytest.raises(ValueError, match=message):
         pruning.prune_structures(tiny_opt(), windows(), **options)
+
+
+def test_structures_of_compressed_layers_cannot_go():
+    with pytest.raises(ValueError, match="pruned before it is compressed; got layers.0.fc1, which is compressed"):
+        pruning.prune_structures(compress(tiny_opt(), [("0.fc1", Treatment(max_density=1.0))]), windows(), neurons=0.5)
 
 
 class Repeated:

@@ -304,6 +304,25 @@ def test_wrong_configs_and_losses_are_refused(tmp_path):
         training.train(model, batches(), config(), tmp_path)
 
 
+def test_an_interrupted_training_leaves_the_model_as_the_last_step_did(tmp_path):
+    def interrupt(row):
+        if row["step"] == 2:  # the third step is under way, and there is no checkpoint yet
+            raise KeyboardInterrupt
+
+    model = bigram()
+    with pytest.raises(KeyboardInterrupt):
+        training.train(model, batches(), config(), tmp_path / "a", report=interrupt)
+    transformation = training.optimizer(config())
+    graphdef, params = nnx.split(bigram(), nnx.Param)
+    state = training.TrainState(params, transformation.init(params))
+    for step in range(3):
+        windows = jnp.asarray(batches()[step])
+        state, _ = training.train_step(graphdef, transformation, state, windows, step=jnp.int32(step))
+    for found, expected in zip(jax.tree.leaves(nnx.state(model)), jax.tree.leaves(state.params), strict=True):
+        np.testing.assert_array_equal(found, expected)
+    assert len(training.train(model, batches(), config(), tmp_path / "a")) == 12
+
+
 def test_an_objective_decides_what_is_minimised(tmp_path):
     def twice(model, windows, step):
         loss, metrics = training.next_token_objective(model, windows, step)

@@ -54,7 +54,8 @@ def with_input_thresholds(
         batch: windows at once, a divisor of their number.
 
     Raises:
-        ValueError: an argument is out of range, or no layer is selected.
+        ValueError: an argument is out of range, or no layer is selected; or one is applied by its parent, as fc1 and
+            fc2 of a model with `sparse_rows`.
     """
     if not 0 <= sparsity <= 1:
         raise ValueError(f"sparsity must be 0 to 1; got sparsity={sparsity}")
@@ -95,6 +96,9 @@ def _histograms(
         functools.reduce(_child, path, model).__class__ = RECORDED[nnx.Linear]  # of a copy that lives for this trace
     _, captured = nnx.capture(model, nnx.Intermediate)(tokens)
     histograms = []
+    seen = {path[:-1] for path, _ in nnx.to_flat_state(captured) if path[-1] == "kernel"}
+    if missing := [_name(path) for path in paths if path not in seen]:
+        raise ValueError(f"a layer must be applied by its own module to be calibrated; {', '.join(missing)} are not")
     for path in paths:
         x = functools.reduce(lambda tree, key: tree[key], path, captured)["kernel"][0]
         bits = lax.bitcast_convert_type(jnp.abs(x.astype(jnp.float32)).ravel(), jnp.uint32) >> 16

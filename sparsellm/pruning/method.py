@@ -36,7 +36,7 @@ class Inputs:
         squares = jnp.where(empty[..., None], 1.0, self.squares)
         if self.gram is None:
             return dataclasses.replace(self, squares=squares)
-        eye = jnp.eye(self.gram.shape[-1])[(None,) * empty.ndim]
+        eye = jnp.eye(self.gram.shape[-1], dtype=self.gram.dtype)[(None,) * empty.ndim]
         return dataclasses.replace(self, squares=squares, gram=jnp.where(empty[..., None, None], eye, self.gram))
 
 

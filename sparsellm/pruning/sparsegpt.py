@@ -81,7 +81,7 @@ def damped_factor(hessian: Float[Array, "n n"], damping: float) -> Float[Array, 
 
     def more(carry):
         damping, _ = carry
-        return 10 * damping, inverse_factor(hessian + damping * mean * jnp.eye(len(hessian)))
+        return 10 * damping, inverse_factor(hessian + damping * mean * jnp.eye(len(hessian), dtype=hessian.dtype))
 
     return lax.while_loop(fails, more, (jnp.float32(damping), jnp.full_like(hessian, jnp.nan)))[1]
 
@@ -92,7 +92,7 @@ def inverse_factor(hessian: Float[Array, "n n"]) -> Float[Array, "n n"]:
     H = R R^T with R upper triangular gives U = R^-1 without ever forming H^-1; turned around, R is Cholesky's.
     """
     r = jnp.linalg.cholesky(hessian[::-1, ::-1])[::-1, ::-1]
-    return solve_triangular(r, jnp.eye(len(r)), lower=False)
+    return solve_triangular(r, jnp.eye(len(r), dtype=r.dtype), lower=False)
 
 
 def _prune_block(

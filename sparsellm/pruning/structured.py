@@ -24,6 +24,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Int32
 
 from sparsellm.objectives import next_token_loss
+from sparsellm.pruning.walk import check_uncompressed
 from sparsellm.text import check_tokens
 
 # Parameters of a layer -> the dimension that is divided among its heads, or its neurons.
@@ -76,6 +77,7 @@ def prune_structures[M: nnx.Module](
         )
     if not len(pruned):
         raise ValueError(f"layers must name one at least: None leaves none of {config.layers}; got layers={layers}")
+    check_uncompressed(model)
     params = _flat(nnx.state(model, nnx.Param))
     importance = parameter_importance(model, windows, order=order)
     sizes = [config.sizes(i) for i in range(config.layers)]

@@ -93,7 +93,8 @@ def walk(
         select: as for `prune`.
 
     Raises:
-        ValueError: no kernel is selected, `batch` does not divide the windows, or they hold unknown tokens.
+        ValueError: no kernel is selected, `batch` does not divide the windows, or they hold unknown tokens; or
+            predictors that look ahead mask every token.
     """
     blocks = {f"layers.{i}": block for i, block in enumerate(model.layers)}
     kernels = {name: find_kernels(block, name, select) for name, block in blocks.items()}
@@ -105,6 +106,7 @@ def walk(
         if not len(windows) or batch < 1 or len(windows) % batch:
             raise ValueError(f"batch must divide the number of windows; got batch={batch}, {len(windows)} windows")
         check_tokens(windows, model)
+        _check_predictors(model)
         graphdef, state = nnx.split(model)
         calls = (first_call(graphdef, state, jnp.asarray(part)) for part in np.split(windows, len(windows) // batch))
         first, *arguments = next(calls)
@@ -163,6 +165,7 @@ def prune(
     """
     sparsities = _sparsities(model, method, pattern, sparsity, windows, errors, select)
     needs: Needs = "gram" if errors else method.needs
+    batch = int(batch)
     run: Row = {"method": repr(method), "pattern": str(pattern), "sparsities": sparsities, "errors": errors}
     if folder is not None:
         tokens = None if windows is None else [*windows.shape, zlib.crc32(np.ascontiguousarray(windows))]
@@ -248,16 +251,22 @@ def first_call(graphdef: nnx.GraphDef, state: nnx.State, tokens: Int[Array, "bat
     raise ValueError("a model must call its layers; got one that did not")
 
 
+def _check_predictors(model: Any) -> None:
+    """Raises ValueError where a block reads what no call of it alone has: what came into the block before."""
+    for path, module in nnx.iter_modules(model):
+        predictor, prediction = getattr(module, "predictor", None), getattr(module, "prediction", None)
+        if prediction == "mask_everywhere" and getattr(predictor, "look_ahead", False):
+            rule = "a model is calibrated without predictors that look ahead and mask everywhere"
+            raise ValueError(f"{rule}; got one in {'.'.join(map(str, path))}")
+
+
 def _sparsities(model, method, pattern, sparsity, windows, errors, select) -> dict[str, float]:
     """The sparsity of each kernel to prune, by its path; raises ValueError for what cannot be."""
     if not callable(getattr(method, "check", None)):
         raise ValueError(f"method must be a pruning method, such as METHODS['wanda']; got {method!r}")
     method.check(pattern)
     check_layout(model)
-    for path, module in nnx.iter_modules(model):
-        name = ".".join(map(str, path))
-        if isinstance(module, UnstructuredLinear) and re.search(select, f"{name}.kernel"):
-            raise ValueError(f"a model is pruned before it is compressed; got {name}, which is compressed")
+    check_uncompressed(model, select)
     if windows is None and (errors or method.needs != "nothing"):
         raise ValueError(f"windows must be given: errors={errors}, and the method needs {method.needs} of the inputs")
     kernels = {name: kernel for block in walk(model, select=select) for name, kernel in block.kernels.items()}
@@ -273,6 +282,7 @@ def _sparsities(model, method, pattern, sparsity, windows, errors, select) -> di
             raise ValueError(f"{rule}; got {sparsity}")
         check_sparsity(sparsity)
         sparsity = dict.fromkeys(kernels, sparsity)
+    sparsity = {name: float(value) for name, value in sparsity.items()}
     if unknown := sparsity.keys() - kernels.keys():
         raise ValueError(f"sparsity must name selected kernels; {', '.join(sorted(unknown))} are none")
     for name, value in sparsity.items():
@@ -280,7 +290,15 @@ def _sparsities(model, method, pattern, sparsity, windows, errors, select) -> di
             raise ValueError(f"sparsity must be 0 to 1; got {value} for {name}")
     if isinstance(pattern, NM):
         return pattern.mixed(sparsity, {name: kernels[name].size for name in sparsity})
-    return dict(sparsity)
+    return sparsity
+
+
+def check_uncompressed(model: nnx.Module, select: str = "") -> None:
+    """Raises ValueError where a selected layer (see `find_kernels`) is compressed, whose zeros are no longer there."""
+    for path, module in nnx.iter_modules(model):
+        name = ".".join(map(str, path))
+        if isinstance(module, UnstructuredLinear) and re.search(select, f"{name}.kernel"):
+            raise ValueError(f"a model is pruned before it is compressed; got {name}, which is compressed")
 
 
 def _save(path: Path, kernels: dict[str, nnx.Param], run: Row, rows: list[Row]) -> None:

@@ -153,7 +153,8 @@ def _in_scan(eqn: JaxprEqn, facts: list[Fact], replace: Replace, place: Place) -
     consts, init, xs = facts[:num_consts], facts[num_consts:][:num_carry], facts[num_consts + num_carry :]
     carry = _carry_facts(body, lambda carry: [*consts, *carry, *xs], init)
     jaxpr, out_facts = rewrite(body, [*consts, *carry, *xs], replace, place)
-    return {"jaxpr": jaxpr}, out_facts
+    after = map(join, carry, out_facts)  # or what it began with, where there are no steps
+    return {"jaxpr": jaxpr}, [*after, *out_facts[num_carry:]]
 
 
 def _in_while(eqn: JaxprEqn, facts: list[Fact], replace: Replace, place: Place) -> tuple[dict[str, Any], list[Fact]]:
