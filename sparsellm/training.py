@@ -239,36 +239,37 @@ def train(
         done = 0
         if checkpointer.latest is not None:
             state, done = _restore(checkpointer, state)
-            nnx.update(model, state.params)
         metrics = _continued_metrics(folder / "metrics.jsonl", done)
         if report and metrics:
             report(metrics[-1])
         with open(folder / "metrics.jsonl", "a") as file:
             journal = _Journal(file, metrics)
             running: tuple[int, dict[str, Array]] | None = None
-            for step in range(done + 1, config.steps + 1):
-                state, values = train_step(
-                    graphdef,
-                    transformation,
-                    state,
-                    jnp.asarray(batches[step - 1]),
-                    objective,
-                    step=jnp.int32(step - 1),
-                    accumulate=config.accumulate,
-                )
-                nnx.update(model, state.params)  # what it had is donated: whatever ends the loop, it can be used
-                # One step is waited for while the next one runs: else the device is idle while the host prepares it.
-                before, running = running, (step, values)
-                rows = [] if before is None else [journal.finish(*before)]
-                if step % config.checkpoint_steps == 0 or step == config.steps:
-                    rows, running = [*rows, journal.finish(*running)], None
-                    file.flush()  # before the checkpoint: a checkpoint's metrics are always there
-                    with uninterrupted():
-                        checkpointer.save(step, _named(state))
-                    journal.start = time.perf_counter()  # no step's time
-                if report:
-                    for row in rows:
-                        report(row)
+            try:
+                for step in range(done + 1, config.steps + 1):
+                    state, values = train_step(
+                        graphdef,
+                        transformation,
+                        state,
+                        jnp.asarray(batches[step - 1]),
+                        objective,
+                        step=jnp.int32(step - 1),
+                        accumulate=config.accumulate,
+                    )
+                    # A step is waited for while the next one runs: else the device is idle while the host prepares it.
+                    before, running = running, (step, values)
+                    rows = [] if before is None else [journal.finish(*before)]
+                    if step % config.checkpoint_steps == 0 or step == config.steps:
+                        rows, running = [*rows, journal.finish(*running)], None
+                        file.flush()  # before the checkpoint: a checkpoint's metrics are always there
+                        with uninterrupted():
+                            checkpointer.save(step, _named(state))
+                        journal.start = time.perf_counter()  # no step's time
+                    if report:
+                        for row in rows:
+                            report(row)
+            finally:  # what it had is donated: whatever ends the loop, it can be used
+                nnx.update(model, state.params)
     return metrics
 
 
