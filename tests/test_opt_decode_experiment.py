@@ -116,7 +116,7 @@ def test_a_checkpoint_decodes_with_its_own_predictors(tmp_path, monkeypatch):
     served = []
     monkeypatch.setattr(opt_serving, "_measure", lambda config, *models: served.append(models) or {})
     serve = dataclasses.replace(opt_serving.Config.smoke(), predictor_bits=16, per_sequence=True, **folders)
-    assert [row["variant"] for row in opt_serving.measure(serve)] == ["dense", "sparse"]
+    assert [row["variant"] for row in opt_serving.measure(serve)] == ["dense", opt_serving.BY_TEXT]
     serving, reference, _ = served[1]
     assert (serving.layers[0].prediction, reference.layers[0].prediction) == ("lists", "mask")
     assert serving.layers[0].per_sequence and reference.layers[0].per_sequence
