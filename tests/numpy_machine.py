@@ -15,8 +15,8 @@ from pallas_kernels.unstructured_matmul import Config, device, layout, pipelines
 from pallas_kernels.unstructured_matmul.mosaic import by_column, divide
 
 MACHINE_OPERATIONS = (
-    "begin_barriers", "expect", "arrive", "copy", "wait", "load_half", "load_word", "load_matrices",
-    "multiply_tile", "multiply_blocks"
+    "begin_barriers", "expect", "arrive", "copy", "wait", "load_half", "load_word", "load_stored_half",
+    "load_matrices", "multiply_tile", "multiply_blocks"
 )  # fmt: skip
 
 
@@ -165,6 +165,14 @@ class Machine:
         word = sum(self.load_half(address, 2 * half).value << 16 * half for half in (0, 1))
         return Int(np.where(unsigned(bits) & mask, word, 0))
 
+    def load_stored_half(self, address, bits, mask):
+        places = unsigned(address)
+        assert (places % 2 == 0).all()
+        banks = np.sort(lanes.BLOCK.by_warp(places // 4 % 32), axis=1)
+        assert (banks[:, 2:] != banks[:, :-2]).all(), "three lanes meet in a bank"
+        half = self.bytes[places].astype(np.int64) | self.bytes[places + 1].astype(np.int64) << 8
+        return Int(np.where(unsigned(bits) & mask, half, 0))
+
     def load_matrices(self, address, offset):
         """By the PTX manual's figure of ldmatrix."""
         rows = lanes.BLOCK.by_warp(unsigned(address) + offset).reshape(-1, 4, 8)  # warp, matrix, row
@@ -280,6 +288,11 @@ def permute_bytes(low, high, selector):
     return Int((chosen << 8 * np.arange(4)).sum(axis=1))
 
 
+def widen(pair, values, dtype):
+    two = unsigned(pair).astype(np.uint16).view(np.uint8).view(jnp.dtype(values)).astype(np.float32)
+    return Int(two.astype(jnp.dtype(dtype)).view(np.uint32).astype(np.int64))
+
+
 def rotate_right(x, bits):
     return Int(unsigned(x) >> bits | unsigned(x) << (32 - bits))
 
@@ -288,7 +301,7 @@ def rotate_right(x, bits):
 def on_numpy(machine: Machine):
     stand_ins = {
         **{name: getattr(machine, name) for name in MACHINE_OPERATIONS},
-        **{f.__name__: f for f in (dot_bytes, permute_bytes, rotate_right)},
+        **{f.__name__: f for f in (dot_bytes, permute_bytes, rotate_right, widen)},
         "address_of": lambda address: Int(address),
         "choose": Chosen,
         "warp_barrier": lambda: None,

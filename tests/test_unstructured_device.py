@@ -65,6 +65,20 @@ def test_device_code_on_numpy_lanes(
     assert relative_error(sums[0], matrix(pattern).astype(np.float64) @ np.asarray(x, np.float64)) < 1e-5
 
 
+@pytest.mark.parametrize("pattern", ["half", "tenth", "full", "empty", "one row", "clustered"])
+@pytest.mark.parametrize(
+    ("values", "dtype", "n", "pieces"), [("int8", "bfloat16", 8, 5), ("float8_e4m3fn", "float16", 24, 4)]
+)
+def test_device_code_of_eight_bits_on_numpy_lanes(pattern, values, dtype, n, pieces, unchecked, getkey):
+    """In pairs: rows of half the bytes, in pieces of twice as many. Scales are not the kernel's."""
+    weights = UnstructuredWeights.from_dense(jnp.asarray(matrix(pattern, dtype=dtype)), values, paired=True)
+    exact = {"values": weights.values.astype(jnp.float32), "dtype": jnp.dtype("float32"), "scales": None}
+    w = np.asarray(dataclasses.replace(weights, **exact).to_dense(), np.float64)
+    x = jax.random.normal(getkey(), (w.shape[1], n), jnp.dtype(dtype))
+    sums = sums_on_numpy([weights], x, Config(warpgroups=1, pieces=pieces), 3, pieces == 4)
+    assert relative_error(sums[0], w @ np.asarray(x, np.float64)) < 1e-5
+
+
 @pytest.mark.parametrize(("blocks", "warpgroups", "lands_late"), [(2, 3, True), (5, 1, False)])
 def test_device_code_of_several_matrices_on_numpy_lanes(compressed, blocks, warpgroups, lands_late, unchecked, getkey):
     """Of different densities, empty and full among them; a block goes on from one to the next."""

@@ -155,11 +155,12 @@ def test_eight_bit_nan():
 
 @pytest.mark.parametrize("implementation", ["xla", "interpret", pytest.param("mosaic_gpu", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("value_dtype", ["int8", "float8_e4m3fn"])
-def test_eight_bit_products(value_dtype, implementation):
-    weights = UnstructuredWeights.from_dense(jnp.asarray(matrix("half", (70, 130))), value_dtype)
+@pytest.mark.parametrize(("dtype", "paired"), [("bfloat16", False), ("bfloat16", True), ("float16", True)])
+def test_eight_bit_products(dtype, paired, value_dtype, implementation):
+    weights = UnstructuredWeights.from_dense(jnp.asarray(matrix("half", (70, 130), dtype)), value_dtype, paired)
     w = np.asarray(dataclasses.replace(weights, dtype=np.dtype("float32")).to_dense(), np.float64)
-    for n in (3, EXPAND_N + 1):  # the latter from a dense matrix
-        x = jax.random.normal(jax.random.key(n), (130, n), jnp.bfloat16)
+    for n in (3, 30, EXPAND_N + 1):  # the last from a dense matrix
+        x = jax.random.normal(jax.random.key(n), (130, n), jnp.dtype(dtype))
         y = unstructured_matmul(weights, x, implementation=implementation)
         assert relative_error(y, w @ np.asarray(x, np.float64)) < 5e-3
     np.testing.assert_array_equal(expand(weights, implementation=implementation), weights.to_dense())

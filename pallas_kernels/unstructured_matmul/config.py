@@ -13,14 +13,17 @@ MAX_N = 64  # columns of x that are multiplied at a time
 EXPAND_N = 128  # more than so many, and the dense matrix is written first
 TILE_N = 8  # columns of x: the least of a wgmma
 CHUNK = 8  # elements of a column of x that are 16 bytes: what the columns' distance in memory is a multiple of
-ROW_BYTES = 2 * layout.STREAMS
+PIECE_BYTES = 2 * layout.STREAMS * layout.DEPTH  # of a ring: 16 rows of values of 16 bits, 32 of 8
 X_TILE_BYTES = layout.BLOCK * TILE_N * 2  # of x, of a block and tile
 QUAD = 4  # blocks of a strip that the loop's body takes
 STEPS = 4  # of x in shared memory
 MMA_TILES = 2  # up to so many tiles a warp multiplies by mma, without waiting for the three others of a wgmma
 WGMMA_BLOCKS = 2  # whose wgmmas are begun together: the four warps wait for one another once for both
 SMS = 132  # of an H200: what the heuristic counts with
-MANY_ROWS, MANY_QUICK_ROWS = 7.5, 5.0  # of values that a block takes on average, of 16: from there on a fifth piece
+MANY_ROWS, MANY_QUICK_ROWS = (
+    7.5,
+    5.0,
+)  # of 128 bytes that a block takes on average, of 16: from there a fifth piece
 SLOWER = {4: 1.0, 3: 1.15, 2: 1.2, 1: 1.7}  # a strip of a block of so many warpgroups: fewer warps hide less latency
 QUICK_TILES = 4  # pairs of up to so many tiles have it from the latter on
 RESERVED = 1536  # bytes of shared memory for barriers
@@ -32,7 +35,7 @@ class Config:
 
     Attributes:
         warpgroups: of a block, 1 to 4. Each warp has a strip at a time.
-        pieces: of 16 rows of values, that a warp's ring holds: 4 to 8.
+        pieces: of 2 kB of values, that a warp's ring holds: 4 to 8.
     """
 
     warpgroups: int = 4
@@ -45,7 +48,7 @@ class Config:
     @property
     def ring_bytes(self) -> int:
         """A ring's pieces, and the first one again, so that no block of values wraps."""
-        return (self.pieces + 1) * layout.DEPTH * ROW_BYTES
+        return (self.pieces + 1) * PIECE_BYTES
 
 
 def step_blocks(config: Config, tiles: int) -> int:
@@ -75,7 +78,8 @@ def candidates(weights, x, bias=None, activation: str | None = None) -> list[Con
     del bias, activation
     matrices = weights if isinstance(weights, tuple) else (weights,)
     strips, blocks = matrices[0].strips, matrices[0].blocks
-    rows = sum(matrix.values.shape[0] for matrix in matrices)
+    narrow = matrices[0].paired and matrices[0].values.dtype.itemsize == 1
+    rows = sum(matrix.values.shape[0] for matrix in matrices) / (1 + narrow)
     many = MANY_QUICK_ROWS if matrices[0].paired and tiles(x.shape[1]) <= QUICK_TILES else MANY_ROWS
     pieces = (5, 4) if rows > many * len(matrices) * strips * blocks else (4, 5)
     wanted = [*(Config(pieces=p) for p in pieces), Config(warpgroups=3, pieces=7)]

@@ -12,10 +12,10 @@ from collections.abc import Callable, Sequence
 from pallas_kernels.tile import lane as ln
 from pallas_kernels.tile.lane import Array, Int
 from pallas_kernels.unstructured_matmul import layout, mask_words, warp
-from pallas_kernels.unstructured_matmul.config import MMA_TILES, QUAD, ROW_BYTES, TILE_N, X_TILE_BYTES
+from pallas_kernels.unstructured_matmul.config import MMA_TILES, PIECE_BYTES, QUAD, TILE_N, X_TILE_BYTES
 from pallas_kernels.unstructured_matmul.decoding import EVEN_ONES, decode, decode_pairs
 from pallas_kernels.unstructured_matmul.division import Part, Work
-from pallas_kernels.unstructured_matmul.pipelines import LAG_PIECES, PIECE_BYTES, Ring, Source, Steps
+from pallas_kernels.unstructured_matmul.pipelines import Ring, Source, Steps
 
 REGISTERS = 4  # of an accumulator of 16 x 8
 
@@ -176,7 +176,8 @@ class Parts:
     def _strip(self, number: Int, begin: Int, own: list[Int], following: list[Int], start: list[Int]) -> "Strip":
         """A part's, given the number of its first piece, its extent and the following one's, and `load_start`."""
         (part, matrix), (_, its_matrix) = self._place(number), self._place(number + 1)
-        source = Source(values=matrix.values, begin=begin, first=own[0], rows=own[1])
+        row_bytes = self.work.row_bytes
+        source = Source(values=matrix.values, row_bytes=row_bytes, begin=begin, first=own[0], rows=own[1])
         first, rows = following
         rows = ln.select(number + 1 < self.count, rows, 0)
         ring = Ring(
@@ -184,11 +185,11 @@ class Parts:
             barriers=self.barriers,
             pieces=self.work.config.pieces,
             own=source,
-            following=Source(values=its_matrix.values, begin=source.end, first=first, rows=rows),
+            following=Source(values=its_matrix.values, row_bytes=row_bytes, begin=source.end, first=first, rows=rows),
         )
         lags, words = start[: self.work.places], start[self.work.places :]
-        behind = begin * PIECE_BYTES + ln.thread() % ln.WARP * 4
-        streams = [behind + lag * ROW_BYTES for lag in lags]
+        behind = begin * PIECE_BYTES + ln.thread() % ln.WARP * (row_bytes // ln.WARP)
+        streams = [behind + lag * row_bytes for lag in lags]
         origin = mask_words.origin(part)
         return Strip(part=part, masks=matrix.masks, origin=origin, ring=ring, streams=streams, words=words)
 
@@ -235,7 +236,7 @@ class Strip:
     def wait(self) -> None:
         """Waits for what lies before the first block."""
         needed = self.ring.needed_before(self.top)
-        for piece in (self.ring.own.begin + i for i in range(LAG_PIECES)):
+        for piece in (self.ring.own.begin + i for i in range(self.ring.lag_pieces)):
             with ln.when(piece < needed + 1):
                 self.ring.wait(piece)
 
@@ -265,7 +266,7 @@ class Strip:
             shifts = [block % 2] if self.part.work.paired else [0, 1]
             stored = [words[block // self.part.work.blocks_a_word] >> shift for shift in shifts]
             counts = [ln.popcount(bits & EVEN_ONES) for bits in stored]
-            streams = [x + count * ROW_BYTES for x, count in zip(streams, counts, strict=True)]
+            streams = [x + count * self.part.work.row_bytes for x, count in zip(streams, counts, strict=True)]
             places.append([*streams, _furthest(streams)])
         return places
 
@@ -289,7 +290,8 @@ class Strip:
         self.ring.wait(self.ring.needed_before(end))
         places = [self.ring.place(stream) for stream in streams]
         if self.part.work.paired:
-            return decode_pairs(words[block // 2], block % 2 == 1, *places), ready
+            work = self.part.work
+            return decode_pairs(words[block // 2], block % 2 == 1, *places, work.values, work.dtype), ready
         return decode(words[block], *places), ready
 
 

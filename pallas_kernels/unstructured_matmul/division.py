@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from pallas_kernels.tile import lane as ln
@@ -21,7 +22,8 @@ class Work:
         n: columns of x; 0 where there is none.
         config: the tiling.
         units: that a block takes, of sections * groups.
-        dtype: "bfloat16" or "float16".
+        values: dtype of the values; of 8 bits only where they are paired.
+        dtype: what they are multiplied as, "bfloat16" or "float16".
         paired: whether a lane's two streams store the same places, so that one serves for both.
     """
 
@@ -32,8 +34,14 @@ class Work:
     n: int
     config: Config
     units: int
+    values: str
     dtype: str
     paired: bool
+
+    @property
+    def row_bytes(self) -> int:
+        """Of a row of values."""
+        return layout.STREAMS * jnp.dtype(self.values).itemsize
 
     @property
     def places(self) -> int:

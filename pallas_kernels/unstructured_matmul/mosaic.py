@@ -148,7 +148,7 @@ def _interpreted(work: Work, block, warpgroup, inputs, write) -> None:
                 @pl.when((group // work.own_groups == matrix) & (strip < work.strips))
                 def _write(strip=strip, matrix=matrix, weights=weights, starts=starts):
                     own = (lax.dynamic_slice_in_dim(a, strip, 1) for a in (weights.masks, starts))
-                    write(part, strip, decode(weights, *own))
+                    write(part, strip, decode(weights, *own).astype(work.dtype))
 
     lax.fori_loop(start // work.sections, end // work.sections + 1, write_part, None)
 
@@ -163,7 +163,7 @@ def _weights(work: Work, arrays) -> UnstructuredWeights:
         lags=lags,
         scales=None,
         shape=(work.strips * layout.STRIP, work.blocks * layout.BLOCK),
-        dtype=values.dtype,
+        dtype=jnp.dtype(work.dtype),
         paired=work.paired,
     )
 
@@ -210,7 +210,8 @@ def divide(weights: Sequence[UnstructuredWeights], n: int, config: Config, block
         n=n,
         config=config,
         units=pl.cdiv(units, blocks),
-        dtype=weights[0].values.dtype.name,
+        values=weights[0].values.dtype.name,
+        dtype=weights[0].dtype.name,
         paired=weights[0].paired,
     )
 
@@ -229,8 +230,12 @@ def mosaic(
 
 
 def widened(weights: UnstructuredWeights) -> UnstructuredWeights:
-    """Without scales, 8-bit values as what they are in the dtype of x, exactly: by XLA, before the launch."""
-    return dataclasses.replace(weights, values=weights.values.astype(weights.dtype), scales=None)
+    """Without scales; single values of 8 bits as what they are in the dtype of x, exactly: by XLA, before the launch.
+
+    Paired ones the kernel widens itself, as it has them in its registers.
+    """
+    values = weights.values if weights.paired else weights.values.astype(weights.dtype)
+    return dataclasses.replace(weights, values=values, scales=None)
 
 
 def multiply(
@@ -260,7 +265,7 @@ def expand(weights: UnstructuredWeights, config: Config, interpret: bool) -> Flo
     """The dense matrix, without its scales."""
     weights = widened(weights)
     work = divide([weights], 0, config, _blocks(interpret))
-    out = jax.ShapeDtypeStruct((work.strips * layout.STRIP, work.blocks * layout.BLOCK), weights.values.dtype)
+    out = jax.ShapeDtypeStruct((work.strips * layout.STRIP, work.blocks * layout.BLOCK), weights.dtype)
     kernel = (device.expand, jnp.uint32, _expand_interpreted)
     dense = _launch("unstructured_expand", work, [weights], [], out, kernel, interpret)
     return dense[: weights.shape[0], : weights.shape[1]]

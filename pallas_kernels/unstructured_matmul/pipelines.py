@@ -7,9 +7,10 @@ Neither stops where a block goes on to another part: the last blocks of a part l
 following one be copied. Of pieces that is one part ahead at most, so all that a ring has to know is two parts.
 
 Streams are behind the furthest by `MAX_LAG` rows at most and advance by `DEPTH` a block at most. So piece k can be
-overwritten before a block that finds the furthest stream at row m, if 16 (k + 1) + MAX_LAG <= m; a block lets at most
-one more piece be copied, and waits for one more at most. Which pieces are under way follows from m alone. A part starts
-with a piece of its own, so m goes on by up to 15 + MAX_LAG rows there, and up to three pieces are begun at once.
+overwritten before a block that finds the furthest stream at row m, if r (k + 1) + MAX_LAG <= m with r rows a piece; a
+block lets at most one more piece be copied, and waits for one more at most. Which pieces are under way follows from m
+alone. A part starts with a piece of its own, so m goes on by up to r - 1 + MAX_LAG rows there, and up to three pieces
+are begun at once.
 """
 
 import dataclasses
@@ -18,11 +19,9 @@ from collections.abc import Callable
 from pallas_kernels.tile import lane as ln
 from pallas_kernels.tile.lane import Array, Int
 from pallas_kernels.unstructured_matmul import layout, warp
-from pallas_kernels.unstructured_matmul.config import ROW_BYTES, STEPS, X_TILE_BYTES
+from pallas_kernels.unstructured_matmul.config import PIECE_BYTES, STEPS, X_TILE_BYTES
 from pallas_kernels.unstructured_matmul.division import Part, Work
 
-PIECE_BYTES = layout.DEPTH * ROW_BYTES
-LAG_PIECES = layout.MAX_LAG // layout.DEPTH
 AHEAD = STEPS - 2  # steps that are copied before they are waited for
 
 
@@ -38,24 +37,31 @@ def shared_memory(work: Work) -> dict[str, int]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Source:
-    """What a ring holds of a part: a piece for each 16 rows.
+    """What a ring holds of a part, piece by piece.
 
     Attributes:
         values: all values of its matrix.
+        row_bytes: of a row of them.
         begin: number of its first piece, of all that go through the ring.
         first: row of values.
         rows: how many there are to copy.
     """
 
     values: Array
+    row_bytes: int
     begin: Int
     first: Int
     rows: Int
 
     @property
+    def piece_rows(self) -> int:
+        """Of values, in a piece."""
+        return PIECE_BYTES // self.row_bytes
+
+    @property
     def end(self) -> Int:
         """Number of the piece behind its last."""
-        return self.begin + (self.rows + (layout.DEPTH - 1)) // layout.DEPTH
+        return self.begin + (self.rows + (self.piece_rows - 1)) // self.piece_rows
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,13 +84,18 @@ class Ring:
     own: Source
     following: Source
 
+    @property
+    def lag_pieces(self) -> int:
+        """That a stream may be behind the furthest one, at most."""
+        return layout.MAX_LAG // self.own.piece_rows
+
     def ready_for(self, top: Int) -> Int:
         """How many pieces may have been copied when `top` is the byte that the furthest stream is at."""
-        return ln.minimum(self.following.end, top // PIECE_BYTES + (self.pieces - LAG_PIECES))
+        return ln.minimum(self.following.end, top // PIECE_BYTES + (self.pieces - self.lag_pieces))
 
     def needed_before(self, top: Int) -> Int:
         """The last piece that has to be there when `top` is the byte that the furthest stream goes on to."""
-        return ln.maximum((top + (PIECE_BYTES - ROW_BYTES)) // PIECE_BYTES - 1, self.own.begin)
+        return ln.maximum((top + (PIECE_BYTES - self.own.row_bytes)) // PIECE_BYTES - 1, self.own.begin)
 
     def copy(self, piece: Int) -> None:
         """Begins the copy of a piece, the ring's first one a second time behind its end; by one lane."""
@@ -94,16 +105,17 @@ class Ring:
             for name in ("begin", "first", "rows")
         )
         values = warp.choose([self.following.values, self.own.values], ln.select(is_own, 1, 0))
-        row = (piece - begin) * layout.DEPTH
-        size = ln.minimum(rows - row, layout.DEPTH) * ROW_BYTES
+        row_bytes, piece_rows = self.own.row_bytes, self.own.piece_rows
+        row = (piece - begin) * piece_rows
+        size = ln.minimum(rows - row, piece_rows) * row_bytes
         barrier = self.barriers + slot * warp.BARRIER_BYTES
         is_first = slot.equals(0)
         warp.expect(barrier, ln.select(is_first, size + size, size))
         place = self.address + slot * PIECE_BYTES
-        warp.copy(values, ROW_BYTES, first + row, place, size, barrier)
+        warp.copy(values, row_bytes, first + row, place, size, barrier)
         with ln.when(is_first):
             behind = self.address + self.pieces * PIECE_BYTES
-            warp.copy(values, ROW_BYTES, first + row, behind, size, barrier)
+            warp.copy(values, row_bytes, first + row, behind, size, barrier)
 
     def wait(self, piece: Int) -> None:
         warp.wait(self.barriers + (piece % self.pieces) * warp.BARRIER_BYTES, piece // self.pieces)

@@ -66,6 +66,33 @@ def load_word(address: Int, bits: Int, mask: int) -> Int:
     return Int(utils.inline_ptx(code, address.value, own, result_types=_i32(), has_side_effects=True))
 
 
+def load_stored_half(address: Int, bits: Int, mask: int) -> Int:
+    """16 bits of shared memory where `bits` has one of the mask, zeros elsewhere and above them."""
+    code = "{ .reg .pred p; setp.ne.b32 p, $2, 0; mov.b32 $0, 0; @p ld.shared.u16 $0, [$1]; }"
+    own = (bits & (mask - (mask >> 31 << 32))).value
+    return Int(utils.inline_ptx(code, address.value, own, result_types=_i32(), has_side_effects=True))
+
+
+def widen(pair: Int, values: str, dtype: str) -> Int:
+    """Two 8-bit values, "int8" or "float8_e4m3fn", as two of "bfloat16" or "float16": exactly.
+
+    An int8 v by arithmetic: of bfloat16, 0x4300 | v & 127 is 128 + v, or 256 + v where v is negative, and 0x4300 |
+    v & 128 is what of that is too much; of float16, 0x6400 | u is 1024 + u, for u = v ^ 128 = v + 128.
+    """
+    code = {
+        ("int8", "bfloat16"): ".reg .b32 w, sum, more; prmt.b32 w, $1, 0, 0x4140; "
+        "lop3.b32 sum, w, 0x007f007f, 0x43004300, 0xea; lop3.b32 more, w, 0x00800080, 0x43004300, 0xea; "
+        "sub.rn.bf16x2 $0, sum, more;",
+        ("int8", "float16"): ".reg .b32 w, h; xor.b32 w, $1, 0x8080; prmt.b32 w, w, 0x64646464, 0x4140; "
+        "mov.b32 h, 0x64806480; sub.rn.f16x2 $0, w, h;",
+        ("float8_e4m3fn", "bfloat16"): ".reg .b16 h, low, high; .reg .b32 w; .reg .f32 a, b; cvt.u16.u32 h, $1; "
+        "cvt.rn.f16x2.e4m3x2 w, h; mov.b32 {low, high}, w; cvt.f32.f16 a, low; cvt.f32.f16 b, high; "
+        "cvt.rn.bf16x2.f32 $0, b, a;",
+        ("float8_e4m3fn", "float16"): ".reg .b16 h; cvt.u16.u32 h, $1; cvt.rn.f16x2.e4m3x2 $0, h;",
+    }[values, dtype]
+    return _ptx("{ " + code + " }", pair)
+
+
 def dot_bytes(a: Int, factors: int, c: Int) -> Int:
     """c + the sum of the four bytes of a, each times that byte of `factors`, unsigned."""
     signed = factors - (factors >> 31 << 32)
