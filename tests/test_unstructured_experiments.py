@@ -83,8 +83,8 @@ def test_spmm_stores_weights_as_models_would(tmp_path):
     with Run.start("spmm", config, root=tmp_path) as run:
         rows = unstructured_spmm.measure(config, run, timer)
     found = [(row["sparsity"], row["values"], row["layout"]) for row in rows]
-    assert found[:2] == [(0.5, "bfloat16", "single"), (0.5, "int8", "single")]
-    assert found[2:] == [(0.9, "bfloat16", "paired"), (0.9, "int8", "single")]
+    assert found[:2] == [(0.5, "bfloat16", "single"), (0.5, "int8", "paired")]
+    assert found[2:] == [(0.9, "bfloat16", "paired"), (0.9, "int8", "paired")]
 
 
 def test_spmm_keeps_no_row_that_is_wrong(tmp_path):

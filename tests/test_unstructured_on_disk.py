@@ -102,15 +102,16 @@ def test_few_non_zeros_are_stored_in_pairs_unless_told_otherwise(paired, found):
 
 
 def test_eight_bits_are_compressed_wherever_others_are():
-    """They are slower than a dense product at every density: who asks for them wants memory. A given limit holds."""
+    """In pairs they were timed up to that density. A given limit holds."""
     for treatment in Treatment(), Treatment(value_dtype="int8"):
         assert treatment.compresses(0.5) and not treatment.compresses(0.7)
     assert Treatment(value_dtype="int8", max_density=0.7).compresses(0.7)
 
 
-def test_values_that_the_kernel_does_not_take_are_not_stored_in_pairs_unasked():
-    assert not Treatment(value_dtype="int8").pairs(0.1)
-    assert Treatment(value_dtype="int8", paired=True).pairs(0.1)
+def test_eight_bits_are_stored_in_pairs_unless_single_ones_are_asked_for():
+    for density in (0.1, 0.5):
+        assert Treatment(value_dtype="int8").pairs(density)
+        assert not Treatment(value_dtype="int8", paired=False).pairs(density)
 
 
 def test_transformers_is_not_led_to_believe_that_it_can_load_it(tmp_path, compressed):

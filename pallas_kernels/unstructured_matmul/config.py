@@ -20,10 +20,7 @@ STEPS = 4  # of x in shared memory
 MMA_TILES = 2  # up to so many tiles a warp multiplies by mma, without waiting for the three others of a wgmma
 WGMMA_BLOCKS = 2  # whose wgmmas are begun together: the four warps wait for one another once for both
 SMS = 132  # of an H200: what the heuristic counts with
-MANY_ROWS, MANY_QUICK_ROWS = (
-    7.5,
-    5.0,
-)  # of 128 bytes that a block takes on average, of 16: from there a fifth piece
+MANY_ROWS, MANY_QUICK_ROWS = 7.5, 5.0  # of values that a block takes on average, of 16: from there on a fifth piece
 SLOWER = {4: 1.0, 3: 1.15, 2: 1.2, 1: 1.7}  # a strip of a block of so many warpgroups: fewer warps hide less latency
 QUICK_TILES = 4  # pairs of up to so many tiles have it from the latter on
 RESERVED = 1536  # bytes of shared memory for barriers
@@ -73,15 +70,16 @@ def candidates(weights, x, bias=None, activation: str | None = None) -> list[Con
     8 warps, and no quicker than dense ones in its decoding. OPT-30B's keep 131 of 132 multiprocessors busy either way.
     The more values there are, the further ahead they have to be copied; a fifth piece costs a division, though. With 5
     and 4 pieces an H200 took, of 28672 x 7168, at 50% zeros 66 and 70 us for 8 columns, 88 and 89 for 32; at 80% 62 and
-    60, 86 and 80 (all that by cp.async); and in pairs 49 and 51, 57 and 59. `weights` may be several, alike.
+    60, 86 and 80 (all that by cp.async); and in pairs 49 and 51, 57 and 59. Pairs of 8 bits took 1 to 3 us less with 4
+    whatever the density. `weights` may be several, alike.
     """
     del bias, activation
     matrices = weights if isinstance(weights, tuple) else (weights,)
     strips, blocks = matrices[0].strips, matrices[0].blocks
-    narrow = matrices[0].paired and matrices[0].values.dtype.itemsize == 1
-    rows = sum(matrix.values.shape[0] for matrix in matrices) / (1 + narrow)
+    rows = sum(matrix.values.shape[0] for matrix in matrices)
+    narrow = matrices[0].paired and matrices[0].values.dtype.itemsize == 1  # which the kernel has in half the bytes
     many = MANY_QUICK_ROWS if matrices[0].paired and tiles(x.shape[1]) <= QUICK_TILES else MANY_ROWS
-    pieces = (5, 4) if rows > many * len(matrices) * strips * blocks else (4, 5)
+    pieces = (5, 4) if rows > many * len(matrices) * strips * blocks and not narrow else (4, 5)
     wanted = [*(Config(pieces=p) for p in pieces), Config(warpgroups=3, pieces=7)]
     wanted += [Config(warpgroups=g, pieces=8) for g in (2, 1)]
     wanted = [config for config in wanted if step_blocks(config, tiles(min(x.shape[1], MAX_N)))]

@@ -290,8 +290,8 @@ class Strip:
         self.ring.wait(self.ring.needed_before(end))
         places = [self.ring.place(stream) for stream in streams]
         if self.part.work.paired:
-            work = self.part.work
-            return decode_pairs(words[block // 2], block % 2 == 1, *places, work.values, work.dtype), ready
+            (place,), work = places, self.part.work
+            return decode_pairs(words[block // 2], block % 2 == 1, place, work.values, work.dtype), ready
         return decode(words[block], *places), ready
 
 

@@ -39,13 +39,11 @@ class Treatment:
     Attributes:
         max_density: it stays dense where the share of its weights that are not zero is above this; None for
             `BREAK_EVEN`.
-        value_dtype: "int8" or "float8_e4m3fn" rounds what is left to 8 bits, with a scale for each output: about half
-            of the memory, at the price of time, as a product widens them first. For 8 tokens, 28672 x 7168 took 3.1
-            times as long as with 16 bits at 50% zeros, and 2.0 at 80%: 2.1 and 1.15 times the dense product. None
-            does not round.
+        value_dtype: "int8" or "float8_e4m3fn" rounds what is left to 8 bits, with a scale for each output: the
+            quickest up to two thirds of zeros. None does not round.
         paired: whether they are stored two by two (`UnstructuredWeights`): more bytes, fewer instructions. None stores
-            those so of which a share below `PAIRED_BELOW` is not zero, as the kernel is quicker, but none of 8 bits,
-            which are there to take less memory.
+            so what the kernel is quicker for: values of 8 bits, and those of which a share below `PAIRED_BELOW` is not
+            zero. False with 8 bits takes the least memory, but more time than a dense product.
     """
 
     max_density: float | None = None
@@ -64,7 +62,7 @@ class Treatment:
 
     def pairs(self, density: float) -> bool:
         """Whether weights of this density are stored in pairs."""
-        return density < PAIRED_BELOW and self.value_dtype is None if self.paired is None else self.paired
+        return self.paired if self.paired is not None else density < PAIRED_BELOW or self.value_dtype is not None
 
 
 type Rules = Sequence[tuple[str, Treatment | None]]
