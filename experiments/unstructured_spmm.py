@@ -13,10 +13,11 @@ compressed bytes, `roof` is how many times fewer of them there are than dense on
 as fast.
 
 Seen on an H200 for 28672 x 7168, against the quickest dense product of several runs (at n = 8, 16 and 32 cuBLAS was
-seen at 99 to 102, 94 to 105 and 95 to 107 us): 1.5, 1.4 and 1.3 at 50%; 1.8, 1.5 and 1.4 at 70%; in pairs 2.1, 1.9 and
-1.74 at 80%. Pairs are quicker from about 75% zeros on, with n = 32 from 70% on. At n = 64 it is 1.1, 1.3 and 1.5; and
-where W is 7168 x 7168, slower than cuBLAS up to 80%. What Wanda leaves of an OPT-1.3B takes as long as random masks, to
-within 2%. A device without the kernel takes the xla path, which is slower than dense everywhere.
+seen at 93 to 102, 94 to 105 and 95 to 107 us): 1.46, 1.41 and 1.32 at 50%; 1.67, 1.55 and 1.46 at 70%; in pairs 1.96,
+1.91 and 1.76 at 80%; pairs of float8 1.7, 1.6 and 1.5 whatever the zeros. Pairs of 16 bits are quicker from about 75%
+zeros on, with n = 32 from 70% on. At n = 64 it is 1.1, 1.3 and 1.5; and where W is 7168 x 7168, slower than cuBLAS up
+to 80%. What Wanda leaves of an OPT-1.3B takes as long as random masks, to within 2%. A device without the kernel takes
+the xla path, which is slower than dense everywhere.
 """
 
 import dataclasses

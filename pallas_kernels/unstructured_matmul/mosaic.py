@@ -21,11 +21,11 @@ widen: with 4 pieces, 8 / 16 / 32 columns and 50% / 70% / 80% zeros, float8 took
 54 / 58 / 63 us of 28672 x 7168, int8 1 to 4 more; the bytes take 40, 29 and 22. What is decoded costs that, not memory.
 
 Microseconds of 28672 x 7168 with 8, 16 and 32 columns of x, by zeros, of one run (`unstructured_spmm`); cuBLAS took
-102, 102 and 107 in it and 99, 94 and 95 in the one before, XLA's choice 101, 105 and 109 and 99, 103 and 103:
+93 to 102, 94 and 95 in it, XLA's choice 99, 103 and 103:
 
                         50%               60%               70%               80%
-    single        64 / 67 / 72      61 / 64 / 71      56 / 61 / 66      56 / 61 / 65
-    paired        84 / 85 / 89      74 / 75 / 79      61 / 63 / 66      48 / 49 / 54
+    single        64 / 66 / 71      60 / 63 / 70      56 / 61 / 65      56 / 61 / 65
+    paired        82 / 84 / 87      72 / 74 / 77      61 / 63 / 65      48 / 49 / 54
     bytes         56, paired 77     47, paired 66     37, paired 54     27, paired 40
   x by cp.async, as it was before, dense 96 to 102, 104 to 109 and 102 to 105:
     single        66 / 70 / 88      63 / 67 / 82      59 / 65 / 80      60 / 65 / 80
