@@ -23,12 +23,13 @@ from experiments.language_models import model_folder
 from experiments.runs import Row, Run
 from models import OPT, PRESETS, OPTConfig, load_opt
 from models.firing import Profile
-from models.synthetic import random_tokens, synthetic_opt, synthetic_predictors
+from models.synthetic import random_tokens, synthetic_head_predictors, synthetic_opt, synthetic_predictors
 from sparsellm.decoding import GREEDY, Rows, decode_program, on_mesh
 from sparsellm.predictors import Predictor, load_predictors
 from sparsellm.sharding import mesh_of
 
 EVENLY = (np.float32(1e6), None, None)  # a temperature at which all tokens are about as likely
+HEAD_RANK = 512  # of random predictors of heads, as trained ones have it (`sparsellm.predictors.training`)
 WARM_UP = 2  # chunks that may compile: the first, and over several devices the second, as rows lie elsewhere by then
 TINY: dict[str, Any] = {"vocab_size": 512, "layers": 1, "d_model": 16, "heads": 2, "d_ff": 64, "max_length": 256}
 
@@ -90,12 +91,30 @@ def make_predictors(config: Any, model: OPT, batch: int) -> list[Predictor]:
         batch: sequences that decode together.
     """
     if config.predictors is not None:
-        loaded = load_predictors(config.predictors, model)
-        return [predictor.in_8_bits() if config.predictor_bits == 8 else predictor for predictor in loaded]
+        return _loaded(config.predictors, config, model)
     profile = read_profile(config.profile, model.config.d_ff)
     key = jax.random.fold_in(jax.random.key(config.seed), 1)  # not the model's
     options = {"rank": config.rank, "in_8_bits": config.predictor_bits == 8}
     return synthetic_predictors(model, profile, batch=batch, key=key, **options)
+
+
+def make_head_predictors(config: Any, model: OPT) -> list[Predictor] | None:
+    """The checkpoint's, or for a synthetic model random ones that name a share of the heads; None to compute all.
+
+    Args:
+        config: with the options head_predictors, heads, predictor_bits and seed.
+        model: whose they are.
+    """
+    if config.head_predictors is not None:
+        return _loaded(config.head_predictors, config, model)
+    key = jax.random.fold_in(jax.random.key(config.seed), 2)  # neither the model's nor the neurons'
+    options = {"rank": HEAD_RANK, "in_8_bits": config.predictor_bits == 8}
+    return None if config.heads is None else synthetic_head_predictors(model, config.heads, key=key, **options)
+
+
+def _loaded(folder: Path, config: Any, model: OPT) -> list[Predictor]:
+    loaded = load_predictors(folder, model)
+    return [predictor.in_8_bits() if config.predictor_bits == 8 else predictor for predictor in loaded]
 
 
 def mesh_over(devices: int) -> Mesh | None:

@@ -3,6 +3,7 @@
     python -m experiments opt_decode --profile opt_active_neurons.csv --keep          on a GPU
     python -m experiments opt_decode --source CHECKPOINT --predictors FOLDER
     python -m experiments opt_decode --sizes 66b --devices 2
+    python -m experiments opt_decode --heads 0.5                                      and over half of the heads
 
 Timed is `sparsellm.decoding.decode`, the compiled loop that `generate` runs: wall-clock time of a chunk of steps, by
 the step. Dense and sparse run the same parameters; the predictor, a low-rank pair a layer that looks ahead, is part of
@@ -53,6 +54,7 @@ from sparsellm.predictors import PredictorParam
 from sparsellm.pruning.walk import walk
 
 TOLERANCES = {"bfloat16": 2e-2, "float16": 5e-3, "float32": 1e-3}
+BY_HEADS = "sparse, by heads"
 FIT_BATCHES = (1, 8, 16, 32, 64, 256)
 FIT = ("model", "layer", "batch", "target", "reached")
 
@@ -66,6 +68,8 @@ class Config:
         batches: sequences at once, up to 32.
         source: a run's folder, a checkpoint's, or a hub id, in place of sizes.
         predictors: of the checkpoint, as `save_predictors` leaves them.
+        heads: share of the heads that random predictors name for a token, of synthetic models; None to compute all.
+        head_predictors: of the checkpoint's heads, as `save_predictors` leaves them; None to compute all.
         profile: of random weights: a CSV file with the columns model, layer, batch, active_neurons, total_neurons.
         rank: of random predictors.
         predictor_bits: 8 to keep a predictor's weights in a byte each, 16 to leave them as they are.
@@ -83,6 +87,8 @@ class Config:
     batches: tuple[int, ...] = (1, 8)
     source: str | None = None
     predictors: Path | None = None
+    heads: float | None = None
+    head_predictors: Path | None = None
     profile: Path | None = None
     rank: int = 1024
     predictor_bits: Literal[8, 16] = 8
@@ -103,7 +109,10 @@ class Config:
 
 
 def run(config: Config, run: Run) -> list[Row]:
-    """A row dense and a row sparse for each model and batch; the fit of synthetic models is left as fit.md."""
+    """A row for each model, batch and variant: dense, sparse and, if asked for, by heads too.
+
+    The fit of synthetic models is left as fit.md.
+    """
     rows = measure(config, run)
     run.show(*readme({"rows": rows}))
     return rows
@@ -139,6 +148,12 @@ def check(config: Config) -> None:
     if (config.source is None) != (config.predictors is None):
         got = f"source={config.source}, predictors={config.predictors}"
         raise ValueError(f"source and predictors go together: a checkpoint and what was trained for it; got {got}")
+    of_the_other = "head_predictors" if config.source is None else "heads"
+    if (value := getattr(config, of_the_other)) is not None:
+        rule = "heads are for a synthetic model, head_predictors for a checkpoint"
+        raise ValueError(f"{rule}; got source={config.source}, {of_the_other}={value}")
+    if config.heads is not None and not 0 < config.heads <= 1:
+        raise ValueError(f"heads must be a share above 0 and at most 1; got heads={config.heads}")
     for size in config.sizes if config.source is None else ():
         sizes = opt.config_of(size, config.dtype)
         opt.check_length(config, size, sizes)
@@ -183,24 +198,35 @@ def measure_model(config: Config, source: str, run: Run) -> list[Row]:
 
 
 def measure_batch(config: Config, model: OPT, name: str, batch: int) -> list[Row]:
-    """The rows of one batch, dense and sparse."""
+    """The rows of one batch: dense, over listed neurons and, where heads are predicted, over those of them too."""
     timed: dict[str, Any] = {name: getattr(config, name) for name in ("context", "steps", "repeats", "seed")}
     timed["sampling"] = GREEDY if config.source is not None else opt.EVENLY
     row: Row = {"model": name, "batch": batch, "dtype": config.dtype, "context": config.context}
     row["devices"] = config.devices
     time_ms, rows = opt.time_decode(model, batch, **timed)
-    dense = row | {"variant": "dense", "time_ms": time_ms, **bound(model, rows, None)}
-    del rows
-    lists = with_predictors(model, opt.make_predictors(config, model, batch), per_sequence=config.per_sequence)
-    time_ms, rows = opt.time_decode(lists, batch, **timed)
-    tokens = random_tokens(model.config, (batch, 1), jax.random.key(config.seed))
-    error, density = check_lists(lists, tokens, rows.cache)
-    if not error <= TOLERANCES[config.dtype]:
-        raise RuntimeError(f"{name}, batch {batch}: what lists give differs by {error:.1e} from what they should")
-    sparse = row | {"variant": "sparse", "time_ms": time_ms, **bound(lists, rows, density)}
-    sparse |= {"density": round(statistics.mean(density), 4), "predictor_bits": config.predictor_bits, "error": error}
-    sparse |= {"per_sequence": config.per_sequence}
-    return [dense, sparse]
+    found = [row | {"variant": "dense", "time_ms": time_ms, **bound(model, rows)}]
+    predictors = opt.make_predictors(config, model, batch)
+    for variant, of_heads in (("sparse", None), (BY_HEADS, opt.make_head_predictors(config, model))):
+        if variant == BY_HEADS and of_heads is None:
+            continue
+        del rows
+        lists = with_predictors(model, predictors, head_predictors=of_heads, per_sequence=config.per_sequence)
+        time_ms, rows = opt.time_decode(lists, batch, **timed)
+        tokens = random_tokens(model.config, (batch, 1), jax.random.key(config.seed))
+        error, density = check_lists(lists, tokens, rows.cache)
+        heads_error, heads_density = (0.0, None) if of_heads is None else check_heads(lists, tokens, rows.cache)
+        for things, wrong in (("neurons", error), ("heads", heads_error)):
+            if not wrong <= TOLERANCES[config.dtype]:
+                got = f"what lists of {things} give differs by {wrong:.1e} from what they should"
+                raise RuntimeError(f"{name}, batch {batch}: {got}")
+        sparse = row | {"variant": variant, "time_ms": time_ms, **bound(lists, rows, density, heads_density)}
+        sparse |= {"density": round(statistics.mean(density), 4), "predictor_bits": config.predictor_bits}
+        sparse |= {"error": error, "per_sequence": config.per_sequence}
+        if heads_density is not None:
+            by_any, own = (round(statistics.mean(shares), 4) for shares in zip(*heads_density, strict=True))
+            sparse |= {"heads_density": by_any, "heads_density_own": own, "heads_error": heads_error}
+        found.append(sparse)
+    return found
 
 
 def check_lists(model: OPT, tokens: Int[Array, "batch 1"], cache: KVCache) -> tuple[float, list[float]]:
@@ -208,44 +234,89 @@ def check_lists(model: OPT, tokens: Int[Array, "batch 1"], cache: KVCache) -> tu
 
     Layer by layer, so that one small program serves them all.
     """
-    wrong, of_all, shares = 0.0, 0.0, []
+    return _by_layers(_checked, model, tokens, cache)
+
+
+def check_heads(model: OPT, tokens: Int[Array, "batch 1"], cache: KVCache) -> tuple[float, list[list[float]]]:
+    """Likewise, of what attention gives; the shares are of heads, listed for any row and on the average for one."""
+    return _by_layers(_checked_heads, model, tokens, cache)
+
+
+def _by_layers(checked: Callable[..., Any], model: OPT, tokens, cache: KVCache) -> tuple[float, list[Any]]:
+    wrong, of_all, shares = 0.0, 0.0, list[Any]()
     first = next(walk(model, np.asarray(tokens), batch=len(tokens)))  # as if these tokens came first: embeddings
     assert first.stream is not None  # there are tokens
     x, places = first.stream[0], place_tokens(tokens, cache=cache)
+    before = x
     for layer, *slots in zip(model.layers, cache.keys, cache.values, strict=True):
-        x, *found = _checked(*nnx.split(layer), x, places, tuple(slots))
-        wrong, of_all, shares = wrong + float(found[0]), of_all + float(found[1]), [*shares, float(found[2])]
+        y, *found = checked(*nnx.split(layer), x, places, tuple(slots), before)
+        wrong, of_all = wrong + float(found[0]), of_all + float(found[1])
+        shares.append(np.asarray(found[2]).tolist())
+        before, x = x, y
     return (wrong / of_all) ** 0.5 if of_all else wrong, shares
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _checked(graphdef, state, x: Float[Array, "batch 1 d_model"], places: Places, slots):
+def _checked(graphdef, state, x: Float[Array, "batch 1 d_model"], places: Places, slots, before):
     """A layer's output; of its block the squared error, the square of what is expected, and the share listed."""
     layer: Any = nnx.merge(graphdef, state)
-    (x, _), captured = nnx.capture(layer, nnx.Intermediate)(x, places, slots)
+    (x, _), captured = nnx.capture(layer, nnx.Intermediate)(x, places, slots, before)
     found = {name: values[0] for name, values in captured.items() if name.startswith("ffn_")}
     fires = found.get("ffn_predicted", jnp.ones((1, 1, layer.fc1.bias.shape[0]), bool))
     weights = found["ffn_input"], layer.fc1.kernel, layer.fc1.bias, layer.fc2.kernel, layer.fc2.bias
     y, w1, b1, w2, b2 = (jnp.asarray(a, jnp.float32) for a in weights)
     h = jnp.where(fires, ACTIVATIONS[layer.config.activation](y @ w1 + b1[None, None]), 0)
     expected = h @ w2 + b2[None, None]
-    wrong = jnp.sum((found["ffn_output"].astype(jnp.float32) - expected) ** 2)
-    wrong = jnp.where(jnp.isfinite(y).all(), wrong, jnp.nan)  # NaN is predicted nowhere, and nothing has no error
+    wrong = _squared_error(found["ffn_output"], expected, y)
     return x, wrong, jnp.sum(expected**2), jnp.mean(fires.any(axis=0), dtype=jnp.float32)
 
 
-def bound(model: OPT, rows: Rows, density: list[float] | None) -> Row:
-    """`bytes_gb` that a step has to read on each device, and `bound_ms`, their time; None for a device unknown."""
+@functools.partial(jax.jit, static_argnums=0)
+def _checked_heads(graphdef, state, x: Float[Array, "batch 1 d_model"], places: Places, slots, before):
+    """Likewise, of its attention: by all heads, where those that are not listed then count as zero."""
+    layer: Any = nnx.merge(graphdef, state)
+    attention, normed = layer.self_attn, layer.self_attn_layer_norm(x) if layer.config.pre_norm else x
+    needed, entered = attention.predictor(before if attention.predictor.look_ahead else x), (before, x)
+    found, _ = attention(normed, places, slots, entered)
+    attention.prediction = "mask"
+    expected, _ = attention(normed, places, slots, entered)
+    attention.prediction = "lists"
+    shares = jnp.stack([jnp.mean(listed, dtype=jnp.float32) for listed in (needed.any(axis=(0, 1)), needed)])
+    expected = expected.astype(jnp.float32)
+    return layer(x, places, slots, before)[0], _squared_error(found, expected, normed), jnp.sum(expected**2), shares
+
+
+def _squared_error(found, expected: Float[Array, "batch 1 d_model"], x) -> Float[Array, ""]:
+    """NaN where what they are of is not finite: nothing is predicted of that, and nothing has no error."""
+    wrong = jnp.sum((found.astype(jnp.float32) - expected) ** 2)
+    return jnp.where(jnp.isfinite(x).all(), wrong, jnp.nan)
+
+
+def bound(
+    model: OPT, rows: Rows, density: list[float] | None = None, heads_density: list[list[float]] | None = None
+) -> Row:
+    """`bytes_gb` that a step has to read on each device, and `bound_ms`, their time; None for a device unknown.
+
+    Args:
+        model: what decodes.
+        rows: with its cache.
+        density: of each layer, the share of neurons listed; None for all.
+        heads_density: the shares of heads, listed for any row and for one; None for all.
+    """
     total = float(_bytes(nnx.state(model, nnx.Any(nnx.Param, PredictorParam))))
     total -= _bytes(model.embed_positions.embedding[...])  # of which a step reads a row
     for i, share in enumerate(density or ()):
         layer: Any = model.layers[i]
         fc1 = layer.fc1.weight if model.config.neuron_major else layer.fc1.kernel
         total -= (1 - share) * _bytes((fc1[...], layer.fc2.kernel[...]))
+    for i, (by_any, own) in enumerate(heads_density or ()):
+        attention: Any = model.layers[i].self_attn
+        total -= (1 - by_any) * _bytes((attention.q_proj.kernel[...], attention.out_proj.kernel[...]))
+        total -= (1 - own) * _bytes((rows.cache.keys[i], rows.cache.values[i]))
     total += _bytes((rows.cache.keys, rows.cache.values))
     gpu = find_gpu(jax.devices()[0].device_kind)
     return {
-        "bytes_gb": round(total / 1e9, 4),
+        "bytes_gb": round(total / 1e9, 7),
         "bound_ms": None if gpu is None else round(1e3 * total / gpu.bandwidth, 3),
     }
 
@@ -277,7 +348,10 @@ def readme(result: dict[str, Any]) -> tuple[str, dict[str, bytes]]:
     from experiments import figures
 
     rows = result["rows"]
-    sparse = {(row["model"], row["batch"]): row for row in rows if row["variant"] == "sparse"}
+    sparse, by_heads = (
+        {(row["model"], row["batch"]): row for row in rows if row["variant"] == variant}
+        for variant in ("sparse", BY_HEADS)
+    )
     cells = []
     for row in (row for row in rows if row["variant"] == "dense"):
         other = sparse[row["model"], row["batch"]]
@@ -285,8 +359,15 @@ def readme(result: dict[str, Any]) -> tuple[str, dict[str, bytes]]:
         times += [_number(other["time_ms"]), _number(other["bound_ms"])]
         quicker = f"{row['time_ms'] / other['time_ms']:.2f}x"
         cells.append([row["model"], row["batch"], *times, quicker, f"{other['density']:.0%}", f"{other['error']:.0e}"])
+        if by_heads:
+            heads = by_heads[row["model"], row["batch"]]
+            cells[-1] += [_number(heads["time_ms"]), _number(heads["bound_ms"])]
+            cells[-1] += [f"{row['time_ms'] / heads['time_ms']:.2f}x", f"{heads['heads_density_own']:.0%}"]
+            cells[-1] += [f"{heads['heads_density']:.0%}", f"{heads['heads_error']:.0e}"]
     header = ["model", "batch", "transformers (ms)", "dense (ms)", "its bound", "sparse (ms)", "its bound", "quicker"]
-    table = markdown_table(cells, [*header, "neurons read", "error"])
+    header += ["neurons read", "error"]
+    header += ["by heads too (ms)", "its bound", "quicker", "heads of a text", "of all", "error"] * bool(by_heads)
+    table = markdown_table(cells, header)
     return table, {"opt_decode.png": figures.draw(lambda axes: _plot(axes, rows))}
 
 
@@ -303,7 +384,7 @@ def _plot(axes, rows: list[Row]) -> None:
             axes.plot(*zip(*points, strict=True), style, color=colour, markersize=4, label=label)
 
     for number, model in enumerate(dict.fromkeys(row["model"] for row in rows)):
-        for variant, colour in (("dense", figures.ORANGE), ("sparse", figures.BLUE)):
+        for variant, colour in (("dense", figures.ORANGE), ("sparse", figures.BLUE), (BY_HEADS, figures.GREEN)):
             of = lambda row, m=model, v=variant: (row["model"], row["variant"]) == (m, v)  # noqa: E731
             line(of, "time_ms", "os^D"[number % 4] + "-", colour, f"{model}, {variant}")
             line(of, "bound_ms", ":", colour, None)

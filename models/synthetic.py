@@ -172,9 +172,39 @@ def synthetic_predictors(
     tokens = random_tokens(config, tokens, jax.random.fold_in(key, 0))
     predicted = with_predictors(model, predictors)
     for block, predictor, share in zip(_walk(predicted, tokens), predictors, shares, strict=True):
-        threshold = _threshold(*nnx.split(block.module), *_given(block), share, batch)
-        predictor.threshold[...] = threshold
+        predictor.threshold[...] = _threshold(_scores(*nnx.split(block.module), *_given(block)), share, batch)
         block.module.predictor, block.module.prediction = _Together(predictor, batch), "mask_everywhere"
+    return predictors
+
+
+def synthetic_head_predictors(
+    model: OPT, share: float, *, rank: int, key: Array, in_8_bits: bool = False
+) -> list[Predictor]:
+    """Random predictors that name this share of each layer's heads for a token, as `synthetic_predictors` do neurons.
+
+    Args:
+        model: a synthetic one.
+        share: of the heads, above 0 and at most 1, on the average over random tokens.
+        rank: of the predictors, which read what enters the layer.
+        key: of their weights and of sample tokens.
+        in_8_bits: whether their weights are kept in a byte each.
+
+    Raises:
+        ValueError: the share is not above 0 and at most 1.
+    """
+    if not 0 < share <= 1:
+        raise ValueError(f"share must be above 0 and at most 1; got share={share}")
+    config, rngs = model.config, nnx.Rngs(key)
+    dtypes: dict[str, Any] = {"dtype": config.dtype, "param_dtype": config.dtype}
+    widths = [config.sizes(layer)[0] for layer in range(config.layers)]
+    low_rank = (LowRankPredictor(config.d_model, rank, heads, **dtypes, rngs=rngs) for heads in widths)
+    predictors: list[Predictor] = [predictor.in_8_bits() if in_8_bits else predictor for predictor in low_rank]
+    tokens = random_tokens(config, (SAMPLE[0], SAMPLE[1] // 2), jax.random.fold_in(key, 0))
+    predicted = with_predictors(model, None, head_predictors=predictors)
+    for block, predictor in zip(_walk(predicted, tokens), predictors, strict=True):
+        predictor.threshold[...] = _threshold(predictor.scores(_given(block)[0]), share, 1)
+        attention = block.module.self_attn
+        attention.predictor, attention.prediction = predictor, "mask_everywhere"
     return predictors
 
 
@@ -189,12 +219,17 @@ class _Together(Predictor):
         return jnp.repeat(fires.reshape(-1, self.batch, *fires.shape[1:]).any(axis=1), self.batch, axis=0)
 
 
-@partial(jax.jit, static_argnames=("graphdef", "batch"))
-def _threshold(graphdef, state, x: Float[Array, "rows length d_model"], arguments, share: float | Array, batch: int):
-    """The threshold by which a layer's predictor names this share of its neurons for a batch at one position."""
+@partial(jax.jit, static_argnums=0)
+def _scores(graphdef, state, x: Float[Array, "rows length d_model"], arguments) -> Float[Array, "rows length neurons"]:
+    """What a layer's predictor finds of its neurons."""
     layer: Any = nnx.merge(graphdef, state)
     _, captured = nnx.capture(layer, nnx.Intermediate)(x, *arguments)  # dense: these are no calls of one token a row
-    scores = layer.predictor.scores(x if layer.predictor.look_ahead else captured["ffn_input"][0])
+    return layer.predictor.scores(x if layer.predictor.look_ahead else captured["ffn_input"][0])
+
+
+@partial(jax.jit, static_argnames="batch")
+def _threshold(scores: Float[Array, "rows length named"], share: float | Array, batch: int) -> Float[Array, ""]:
+    """The threshold by which this share is named for a batch at one position."""
     ascending = jnp.sort(scores.reshape(-1, batch, *scores.shape[1:]).max(axis=1).reshape(-1))
     silent = ascending.size - jnp.round(share * ascending.size).astype(jnp.int32)
     return jnp.where(silent > 0, ascending[silent - 1], -jnp.inf)

@@ -19,7 +19,7 @@ from flax import nnx
 from experiments import opt, opt_decode, opt_decode_pruned, opt_serving
 from experiments.__main__ import main
 from experiments.runs import Run
-from models import OPT, OPTConfig, feed_forward, save_opt, with_predictors
+from models import OPT, OPTConfig, attention, feed_forward, save_opt, with_predictors
 from sparsellm.predictors import LowRankPredictor, save_predictors
 from sparsellm.unstructured import Treatment, compress
 
@@ -89,6 +89,40 @@ def test_blocks_are_checked_by_the_neurons_of_each_row_and_the_share_read_for_al
     fires = np.asarray(predictor(entering))
     assert fires[0].mean() < fires.any(axis=0).mean() < 1
     assert error < 1e-5 and shares == [pytest.approx(fires.any(axis=0).mean())]
+
+
+def test_heads_are_read_as_asked_and_have_rows_and_columns_of_their_own(tmp_path):
+    config = dataclasses.replace(CONFIG, heads=0.5)
+    with Run.start("opt_decode", config, root=tmp_path) as run:
+        dense, sparse, by_heads = opt_decode.run(config, run)
+    assert by_heads["variant"] == "sparse, by heads" and by_heads["time_ms"] > 0
+    assert by_heads["heads_error"] < 1e-5 and "heads_density" not in sparse
+    # Two heads, two texts: of all that is read at least what one of them lists, and at most what both do.
+    assert 0.25 <= by_heads["heads_density_own"] <= by_heads["heads_density"] <= 2 * by_heads["heads_density_own"]
+    assert dense["bytes_gb"] > sparse["bytes_gb"]
+    table, _ = opt_decode.readme({"rows": [dense, sparse, by_heads]})
+    assert "heads of a text" in table and f"{by_heads['heads_density_own']:.0%}" in table
+    assert "heads" not in opt_decode.readme({"rows": [dense, sparse]})[0]
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_heads_that_attention_leaves_out_are_found(lost, monkeypatch):
+    """One of three that are listed; and the bytes of what is read."""
+    config = OPTConfig(vocab_size=31, layers=2, d_model=16, heads=4, d_ff=16, max_length=8, neuron_major=True)
+    model, tokens = random_model(config), jnp.array([[3], [9]])
+    biases = jnp.array([[1.0, 1, 1, 0], [0, 1, 1, 1]])
+    down, up = jnp.zeros((16, 1)), jnp.zeros((1, 4))
+    of_heads = [LowRankPredictor.from_arrays(down, up, bias, threshold=0.5, look_ahead=True) for bias in biases]
+    lists, compact = with_predictors(model, None, head_predictors=of_heads), attention.compact
+    monkeypatch.setattr(attention, "compact", lambda mask: (compact(mask)[0], compact(mask)[1] - lost))
+    checked: Any = opt_decode._checked_heads
+    checked.clear_cache()  # the patch is no part of its key
+    cache = model.init_cache(2, 4)
+    error, shares = opt_decode.check_heads(lists, tokens, cache)
+    assert shares == 2 * [[0.75, 0.75]] and (error > 1e-2 if lost else error < 1e-5)
+    rows = opt_decode.Rows(tokens[:, 0], tokens[:, 0], jnp.int32(0), cache)
+    bytes_gb = [opt_decode.bound(lists, rows, None, shares)["bytes_gb"] for shares in (None, 2 * [[0.0, 1.0]])]
+    assert bytes_gb[0] - bytes_gb[1] == pytest.approx(2 * 2 * 16 * 16 * 4 / 1e9, abs=2e-7)
 
 
 def test_a_checkpoint_decodes_with_its_own_predictors(tmp_path, monkeypatch):
@@ -206,6 +240,9 @@ def test_readme_shows_both_next_to_transformers():
         (["--dtype", "int8"], "dtype must be one of"),
         (["--devices", "99"], "there are; got 99"),
         (["--source", "somewhere"], "source and predictors go together"),
+        (["--heads", "0"], "heads must be a share above 0 and at most 1; got heads=0.0"),
+        (["--head-predictors", "p"], "head_predictors for a checkpoint; got source=None, head_predictors=p"),
+        (["--source", "s", "--predictors", "p", "--heads", "0.5"], "heads are for a synthetic model"),
         (["--profile", "nowhere.csv"], "nowhere.csv"),
     ],
 )

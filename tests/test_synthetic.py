@@ -12,7 +12,7 @@ from flax import nnx
 
 from models import OPTConfig, synthetic
 from models.firing import Profile, firing_probabilities
-from models.synthetic import fit_table, random_tokens, synthetic_opt, synthetic_predictors
+from models.synthetic import fit_table, random_tokens, synthetic_head_predictors, synthetic_opt, synthetic_predictors
 from sparsellm.predictors import LowRankPredictor
 
 CONFIG = OPTConfig(vocab_size=499, layers=3, d_model=64, heads=2, d_ff=256, max_length=64, init_std=0.06)
@@ -115,6 +115,18 @@ def test_random_predictors_name_as_many_neurons_as_the_profile(model, profile):
     down, up = (np.asarray(w[...], np.float64) for w in (first.down, first.up))
     named = entering @ down @ up > float(first.threshold[...])
     assert named.reshape(16, 4, 32, 256).any(axis=1).mean() == pytest.approx(0.25, rel=0.1)
+
+
+def test_random_predictors_name_a_share_of_the_heads(model):
+    predictors = synthetic_head_predictors(model, 0.25, rank=8, key=jax.random.key(2))
+    assert len(predictors) == 3 and predictors[0].neurons == model.config.heads and not predictors[0].look_ahead
+    tokens = random_tokens(model.config, (64, 32), jax.random.key(4))
+    positions = model.embed_positions.embedding[2 : 2 + tokens.shape[1]]
+    entering = model.embed_tokens.embedding[tokens] + positions[None]
+    assert float(jnp.mean(predictors[0](entering))) == pytest.approx(0.25, abs=0.05)
+    for share in (0.0, 1.5):
+        with pytest.raises(ValueError, match="share must be above 0 and at most 1"):
+            synthetic_head_predictors(model, share, rank=8, key=jax.random.key(2))
 
 
 def test_of_predictors_in_8_bits_one_at_a_time_is_there_in_more(model, profile, monkeypatch):
