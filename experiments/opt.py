@@ -82,20 +82,23 @@ def make_model(
     return model, f"synthetic, {'power law' if profile is None else profile.name}"
 
 
-def make_predictors(config: Any, model: OPT, batch: int) -> list[Predictor]:
+def make_predictors(
+    config: Any, model: OPT, batch: int, head_predictors: list[Predictor] | None = None
+) -> list[Predictor]:
     """The checkpoint's, or for a synthetic model random ones that name as many neurons as fire for such a batch.
 
     Args:
         config: with the options predictors, predictor_bits, profile, rank and seed.
         model: whose they are.
         batch: sequences that decode together.
+        head_predictors: of the heads that they compute; None for all.
     """
     if config.predictors is not None:
         return _loaded(config.predictors, config, model)
     profile = read_profile(config.profile, model.config.d_ff)
     key = jax.random.fold_in(jax.random.key(config.seed), 1)  # not the model's
     options = {"rank": config.rank, "in_8_bits": config.predictor_bits == 8}
-    return synthetic_predictors(model, profile, batch=batch, key=key, **options)
+    return synthetic_predictors(model, profile, batch=batch, key=key, head_predictors=head_predictors, **options)
 
 
 def make_head_predictors(config: Any, model: OPT) -> list[Predictor] | None:

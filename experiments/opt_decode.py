@@ -50,7 +50,7 @@ from pallas_kernels.neuron_ffn.config import MAX_BATCH
 from pallas_kernels.workbench.gpus import find_gpu
 from sparsellm import memory
 from sparsellm.decoding import GREEDY, Rows
-from sparsellm.predictors import PredictorParam
+from sparsellm.predictors import Predictor, PredictorParam
 from sparsellm.pruning.walk import walk
 
 TOLERANCES = {"bfloat16": 2e-2, "float16": 5e-3, "float32": 1e-3}
@@ -199,34 +199,42 @@ def measure_model(config: Config, source: str, run: Run) -> list[Row]:
 
 def measure_batch(config: Config, model: OPT, name: str, batch: int) -> list[Row]:
     """The rows of one batch: dense, over listed neurons and, where heads are predicted, over those of them too."""
-    timed: dict[str, Any] = {name: getattr(config, name) for name in ("context", "steps", "repeats", "seed")}
-    timed["sampling"] = GREEDY if config.source is not None else opt.EVENLY
     row: Row = {"model": name, "batch": batch, "dtype": config.dtype, "context": config.context}
     row["devices"] = config.devices
-    time_ms, rows = opt.time_decode(model, batch, **timed)
+    time_ms, rows = _time(config, model, batch)
     found = [row | {"variant": "dense", "time_ms": time_ms, **bound(model, rows)}]
-    predictors = opt.make_predictors(config, model, batch)
-    for variant, of_heads in (("sparse", None), (BY_HEADS, opt.make_head_predictors(config, model))):
-        if variant == BY_HEADS and of_heads is None:
-            continue
-        del rows
-        lists = with_predictors(model, predictors, head_predictors=of_heads, per_sequence=config.per_sequence)
-        time_ms, rows = opt.time_decode(lists, batch, **timed)
-        tokens = random_tokens(model.config, (batch, 1), jax.random.key(config.seed))
-        error, density = check_lists(lists, tokens, rows.cache)
-        heads_error, heads_density = (0.0, None) if of_heads is None else check_heads(lists, tokens, rows.cache)
-        for things, wrong in (("neurons", error), ("heads", heads_error)):
-            if not wrong <= TOLERANCES[config.dtype]:
-                got = f"what lists of {things} give differs by {wrong:.1e} from what they should"
-                raise RuntimeError(f"{name}, batch {batch}: {got}")
-        sparse = row | {"variant": variant, "time_ms": time_ms, **bound(lists, rows, density, heads_density)}
-        sparse |= {"density": round(statistics.mean(density), 4), "predictor_bits": config.predictor_bits}
-        sparse |= {"error": error, "per_sequence": config.per_sequence}
-        if heads_density is not None:
-            by_any, own = (round(statistics.mean(shares), 4) for shares in zip(*heads_density, strict=True))
-            sparse |= {"heads_density": by_any, "heads_density_own": own, "heads_error": heads_error}
-        found.append(sparse)
+    del rows
+    found.append(row | {"variant": "sparse"} | _measure_lists(config, model, name, batch, None))
+    if (of_heads := opt.make_head_predictors(config, model)) is not None:
+        found.append(row | {"variant": BY_HEADS} | _measure_lists(config, model, name, batch, of_heads))
     return found
+
+
+def _time(config: Config, model: OPT, batch: int) -> tuple[float, Rows]:
+    """Milliseconds a token, and the rows behind the context."""
+    timed: dict[str, Any] = {name: getattr(config, name) for name in ("context", "steps", "repeats", "seed")}
+    return opt.time_decode(model, batch, sampling=GREEDY if config.source is not None else opt.EVENLY, **timed)
+
+
+def _measure_lists(config: Config, model: OPT, name: str, batch: int, of_heads: list[Predictor] | None) -> Row:
+    """The columns of a row over listed neurons, and over the heads that these predictors name, if there are any."""
+    predictors = opt.make_predictors(config, model, batch, of_heads)
+    lists = with_predictors(model, predictors, head_predictors=of_heads, per_sequence=config.per_sequence)
+    time_ms, rows = _time(config, lists, batch)
+    tokens = random_tokens(model.config, (batch, 1), jax.random.key(config.seed))
+    error, density = check_lists(lists, tokens, rows.cache)
+    found: Row = {"time_ms": time_ms, "density": round(statistics.mean(density), 4), "error": error}
+    found |= {"predictor_bits": config.predictor_bits, "per_sequence": config.per_sequence}
+    of_all = None
+    if of_heads is not None:
+        found["heads_error"], of_all = check_heads(lists, tokens, rows.cache)
+        by_any, own = (round(statistics.mean(shares), 4) for shares in zip(*of_all, strict=True))
+        found |= {"heads_density": by_any, "heads_density_own": own}
+    for things, wrong in {"neurons": error, "heads": found.get("heads_error", 0.0)}.items():
+        if not wrong <= TOLERANCES[config.dtype]:
+            got = f"what lists of {things} give differs by {wrong:.1e} from what they should"
+            raise RuntimeError(f"{name}, batch {batch}: {got}")
+    return found | bound(lists, rows, density, of_all)
 
 
 def check_lists(model: OPT, tokens: Int[Array, "batch 1"], cache: KVCache) -> tuple[float, list[float]]:
@@ -348,27 +356,25 @@ def readme(result: dict[str, Any]) -> tuple[str, dict[str, bytes]]:
     from experiments import figures
 
     rows = result["rows"]
-    sparse, by_heads = (
-        {(row["model"], row["batch"]): row for row in rows if row["variant"] == variant}
-        for variant in ("sparse", BY_HEADS)
-    )
+    dense = {(row["model"], row["batch"]): row for row in rows if row["variant"] == "dense"}
+    by_heads = any(row["variant"] == BY_HEADS for row in rows)
     cells = []
-    for row in (row for row in rows if row["variant"] == "dense"):
-        other = sparse[row["model"], row["batch"]]
-        times = [_number(row.get("transformers_time_ms")), _number(row["time_ms"]), _number(row["bound_ms"])]
-        times += [_number(other["time_ms"]), _number(other["bound_ms"])]
-        quicker = f"{row['time_ms'] / other['time_ms']:.2f}x"
-        cells.append([row["model"], row["batch"], *times, quicker, f"{other['density']:.0%}", f"{other['error']:.0e}"])
-        if by_heads:
-            heads = by_heads[row["model"], row["batch"]]
-            cells[-1] += [_number(heads["time_ms"]), _number(heads["bound_ms"])]
-            cells[-1] += [f"{row['time_ms'] / heads['time_ms']:.2f}x", f"{heads['heads_density_own']:.0%}"]
-            cells[-1] += [f"{heads['heads_density']:.0%}", f"{heads['heads_error']:.0e}"]
+    for row in (row for row in rows if row["variant"] != "dense"):
+        other = dense[row["model"], row["batch"]]
+        times = [
+            other.get("transformers_time_ms"),
+            other["time_ms"],
+            other["bound_ms"],
+            row["time_ms"],
+            row["bound_ms"],
+        ]
+        quicker, error = f"{other['time_ms'] / row['time_ms']:.2f}x", max(row["error"], row.get("heads_error", 0))
+        cells.append([row["model"], row["batch"], *map(_number, times), quicker, f"{row['density']:.0%}"])
+        shares = row.get("heads_density_own", 1), row.get("heads_density", 1)
+        cells[-1] += [f"{share:.0%}" for share in shares] * by_heads + [f"{error:.0e}"]
     header = ["model", "batch", "transformers (ms)", "dense (ms)", "its bound", "sparse (ms)", "its bound", "quicker"]
-    header += ["neurons read", "error"]
-    header += ["by heads too (ms)", "its bound", "quicker", "heads of a text", "of all", "error"] * bool(by_heads)
-    table = markdown_table(cells, header)
-    return table, {"opt_decode.png": figures.draw(lambda axes: _plot(axes, rows))}
+    header += ["neurons read", *["heads of a text", "heads of all"] * by_heads, "error"]
+    return markdown_table(cells, header), {"opt_decode.png": figures.draw(lambda axes: _plot(axes, rows))}
 
 
 def _number(value: float | None) -> str:

@@ -143,11 +143,12 @@ def synthetic_predictors(
     key: Array,
     look_ahead: bool = True,
     in_8_bits: bool = False,
+    head_predictors: Sequence[Predictor] | None = None,
 ) -> list[Predictor]:
     """Random predictors that name, for a batch of random tokens, as many neurons as fire by the profile.
 
     What they cost is real; which neurons they name is not. Thresholds are set from layer to layer, on what comes out
-    of layers that compute the named neurons only, as while decoding.
+    of layers that compute the named neurons and heads only, as while decoding.
 
     Args:
         model: a synthetic one.
@@ -157,6 +158,8 @@ def synthetic_predictors(
         key: of their weights and of sample tokens.
         look_ahead: whether they read what enters the layer.
         in_8_bits: whether their weights are kept in a byte each.
+        head_predictors: of the heads that each layer will compute; None for all. What comes of others is something
+            else, of which these predictors would name another number of neurons.
 
     Raises:
         ValueError: the profile does not reach to such a batch.
@@ -170,8 +173,9 @@ def synthetic_predictors(
     predictors: list[Predictor] = [predictor.in_8_bits() if in_8_bits else predictor for predictor in low_rank]
     tokens = (max(1, SAMPLE[0] // batch) * batch, SAMPLE[1] // 2)
     tokens = random_tokens(config, tokens, jax.random.fold_in(key, 0))
-    predicted = with_predictors(model, predictors)
+    predicted = with_predictors(model, predictors, head_predictors=head_predictors)
     for block, predictor, share in zip(_walk(predicted, tokens), predictors, shares, strict=True):
+        block.module.self_attn.prediction = "mask_everywhere"
         predictor.threshold[...] = _threshold(_scores(*nnx.split(block.module), *_given(block)), share, batch)
         block.module.predictor, block.module.prediction = _Together(predictor, batch), "mask_everywhere"
     return predictors
