@@ -206,9 +206,8 @@ def synthetic_head_predictors(
     tokens = random_tokens(config, (SAMPLE[0], SAMPLE[1] // 2), jax.random.fold_in(key, 0))
     predicted = with_predictors(model, None, head_predictors=predictors)
     for block, predictor in zip(_walk(predicted, tokens), predictors, strict=True):
-        predictor.threshold[...] = _threshold(predictor.scores(_given(block)[0]), share, 1)
-        attention = block.module.self_attn
-        attention.predictor, attention.prediction = predictor, "mask_everywhere"
+        block.module.self_attn.prediction = "mask_everywhere"
+        predictor.threshold[...] = _threshold(predictor.scores(_given(block)[0]), share, batch=1)
     return predictors
 
 

@@ -142,6 +142,12 @@ def test_a_checkpoint_decodes_with_its_own_predictors(tmp_path, monkeypatch):
     assert dense["model"] == "source" and dense["weights"] == folders["source"]
     assert (dense["time_ms"], sparse["time_ms"], sparse["density"]) == (2, 2, 1) and sparse["error"] < 1e-5
     assert asked == 2 * [{"context": 8, "steps": 4, "repeats": 1, "seed": 0, "sampling": opt_decode.GREEDY}]
+    of_heads = [LowRankPredictor(16, 2, 2, threshold=-np.inf, look_ahead=True, rngs=nnx.Rngs(0))]
+    save_predictors(of_heads, tmp_path / "heads", model)
+    by_heads = dataclasses.replace(config, head_predictors=tmp_path / "heads")
+    with Run.start("opt_decode", by_heads, root=tmp_path) as run:
+        *_, found = opt_decode.measure(by_heads, run)
+    assert (found["variant"], found["heads_density"]) == (opt_decode.BY_HEADS, 1) and found["heads_error"] < 1e-5
     for experiment in (opt_decode, opt_decode_pruned):  # of a source, its own positions
         options = {"source": folders["source"], "context": 250, "steps": 7}
         options |= {"predictors": folders["predictors"]} if experiment is opt_decode else {}
