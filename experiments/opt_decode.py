@@ -56,7 +56,7 @@ from models.synthetic import fit_table, random_tokens
 from pallas_kernels.neuron_ffn.config import MAX_BATCH
 from pallas_kernels.workbench.gpus import find_gpu
 from sparsellm import memory
-from sparsellm.decoding import GREEDY, Rows
+from sparsellm.decoding import GREEDY, Rows, on_mesh
 from sparsellm.predictors import Predictor, PredictorParam
 from sparsellm.pruning.walk import walk
 
@@ -263,11 +263,12 @@ def _by_layers(checked: Callable[..., Any], model: OPT, tokens, cache: KVCache) 
     assert first.stream is not None  # there are tokens
     x, places = first.stream[0], place_tokens(tokens, cache=cache)
     before = x
-    for layer, *slots in zip(model.layers, cache.keys, cache.values, strict=True):
-        y, *found = checked(*nnx.split(layer), x, places, tuple(slots), before)
-        wrong, of_all = wrong + float(found[0]), of_all + float(found[1])
-        shares.append(np.asarray(found[2]).tolist())
-        before, x = x, y
+    with on_mesh(nnx.state(model)):  # as `time_decode` does: over several devices, blocks are what is timed there
+        for layer, *slots in zip(model.layers, cache.keys, cache.values, strict=True):
+            y, *found = checked(*nnx.split(layer), x, places, tuple(slots), before)
+            wrong, of_all = wrong + float(found[0]), of_all + float(found[1])
+            shares.append(np.asarray(found[2]).tolist())
+            before, x = x, y
     return (wrong / of_all) ** 0.5 if of_all else wrong, shares
 
 

@@ -270,3 +270,37 @@ def test_a_model_is_cut_over_two_devices(tmp_path):
     dense, sparse = map(json.loads, rows.read_text().splitlines())
     assert dense["devices"] == sparse["devices"] == 2 and sparse["error"] < 1e-3
     assert dense["model"] == "opt-tiny (synthetic), 2 devices"
+
+
+WRONG_OVER_DEVICES = """
+import sys
+import jax, jax.numpy as jnp, numpy as np
+from flax import nnx
+from experiments import opt, opt_decode
+from models import OPT, OPTConfig, attention, feed_forward, with_predictors
+from sparsellm.predictors import LowRankPredictor
+from sparsellm.sharding import create_model, sum_over_shards
+
+def wrong(function, *given, **options):
+    here = bool(int(sys.argv[1])) and not jax.sharding.get_abstract_mesh().empty
+    return jax.tree.map(lambda y: 2 * y if here else y, sum_over_shards(function, *given, **options))
+
+config = OPTConfig(vocab_size=32, layers=2, d_model=16, heads=4, d_ff=16, max_length=8, neuron_major=True)
+model = create_model(lambda: OPT(config, rngs=nnx.Rngs(0)), opt.mesh_over(2))
+neurons, heads = ([LowRankPredictor(16, 2, n, threshold=-np.inf, rngs=nnx.Rngs(0))] * 2 for n in (16, 4))
+lists, tokens = with_predictors(model, neurons, head_predictors=heads), jnp.array([[3], [9]])
+feed_forward.sum_over_shards = attention.sum_over_shards = wrong
+for check in opt_decode.check_lists, opt_decode.check_heads:
+    print(check(lists, tokens, model.init_cache(2, 4))[0])
+"""
+
+
+@pytest.mark.parametrize("wrong", [0, 1])
+def test_what_only_devices_together_get_wrong_is_found(wrong):
+    """The check is of what is timed: lists under a mesh, each device over its own part."""
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
+    options: dict[str, Any] = {"check": True, "capture_output": True, "text": True, "timeout": 120}
+    command = [sys.executable, "-c", WRONG_OVER_DEVICES, str(wrong)]
+    found = subprocess.run(command, env=os.environ | flags, cwd=Path(__file__).parents[1], **options).stdout
+    errors = [float(line) for line in found.splitlines()]
+    assert len(errors) == 2 and all(error > 0.1 if wrong else error < 1e-5 for error in errors)
