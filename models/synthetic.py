@@ -162,8 +162,10 @@ def synthetic_predictors(
             else, of which these predictors would name another number of neurons.
 
     Raises:
-        ValueError: the profile does not reach to such a batch.
+        ValueError: the profile does not reach to such a batch, or heads are predicted by the layer before.
     """
+    if any(getattr(predictor, "look_ahead", False) for predictor in head_predictors or ()):
+        raise ValueError("head_predictors must not look ahead: layers are fitted one by one, which see no layer before")
     config, profile = model.config, profile.stretched(model.config.layers)
     shares = [profile.share(layer, batch) for layer in range(config.layers)]
     options: dict[str, Any] = {"look_ahead": look_ahead, "dtype": config.dtype, "param_dtype": config.dtype}

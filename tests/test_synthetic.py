@@ -129,6 +129,12 @@ def test_random_predictors_name_a_share_of_the_heads(model):
             synthetic_head_predictors(model, share, rank=8, key=jax.random.key(2))
 
 
+def test_predictors_of_heads_that_read_the_layer_before_are_refused(model, profile):
+    heads = [LowRankPredictor(CONFIG.d_model, 2, CONFIG.heads, look_ahead=i > 0, rngs=nnx.Rngs(0)) for i in range(3)]
+    with pytest.raises(ValueError, match="head_predictors must not look ahead"):
+        synthetic_predictors(model, profile, batch=4, rank=8, key=jax.random.key(2), head_predictors=heads)
+
+
 def test_of_predictors_in_8_bits_one_at_a_time_is_there_in_more(model, profile, monkeypatch):
     """Beside a model that fills the device, there is no room for all of them."""
     wide: list[weakref.ref] = []
