@@ -74,6 +74,21 @@ CASES = (
     _case("all zero", shape=(96, 130), n=1, density=0.0, bias=True),
     _case("int8 values", shape=(96, 130), n=16, density=0.4, value_dtype="int8"),
     _case("float8 values", shape=(96, 130), n=16, density=0.4, value_dtype="float8_e4m3fn", bias=True),
+    *(
+        _case(
+            f"{value_dtype} values, paired, {n} tokens",
+            shape=(96, 130),
+            n=n,
+            density=0.4,
+            value_dtype=value_dtype,
+            bias=True,
+            paired=True,
+            dtypes=("bfloat16", "float16"),
+            small=n == 9,
+        )
+        for value_dtype in ("int8", "float8_e4m3fn")
+        for n in (9, 200)
+    ),
     _case("80 tokens", shape=(96, 130), n=80, density=0.3, activation="silu", dtypes=("bfloat16", "float32")),
     _case("200 tokens", shape=(96, 130), n=200, density=0.3),
     _case("paired, 200 tokens", shape=(96, 130), n=200, density=0.3, paired=True),
