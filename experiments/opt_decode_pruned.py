@@ -144,7 +144,7 @@ def measure_model(config: Config, model: str, sparsity: float | None) -> list[Ro
         del kernels
         return rows + [_measure(config, loaded, named, batch, errors) for batch in config.batches]
     named = {"model": f"opt-{model}", "weights": "random", "sparsity": sparsity}
-    paired = Treatment(paired=config.paired).pairs(1 - sparsity)
+    paired = Treatment(paired=config.paired).pairs(1 - sparsity, config.dtype)
     named["variant"] = _variant(paired) if sparsity else "dense"
     sizes = opt.config_of(model, config.dtype)
     needed, has = bytes_needed(sizes, sparsity, paired), memory.capacity()

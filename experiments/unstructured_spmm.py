@@ -194,7 +194,7 @@ def measure_matrix(config: Config, problem: Problem, timer: Timer) -> list[Row]:
     stored = {
         (values, paired): UnstructuredWeights.from_dense(w, None if values == "dtype" else values, paired)
         for values, layout in itertools.product(config.value_dtypes, config.layouts)
-        for paired in (_paired(layout, values, 1 - zeros),)
+        for paired in (_paired(layout, values, 1 - zeros, config.dtype),)
     }
     calls: dict[Any, Any] = {kind: (_products, _cold(weights, config.cold_mb)) for kind, weights in stored.items()}
     calls |= {"tuned": (_tuned_products, dense), "first": (_first_products, dense), "xla": (_xla_products, dense)}
@@ -219,9 +219,9 @@ def measure_matrix(config: Config, problem: Problem, timer: Timer) -> list[Row]:
     return rows
 
 
-def _paired(layout: str, values: str, density: float) -> bool:
+def _paired(layout: str, values: str, density: float, dtype: str) -> bool:
     if layout == "chosen":
-        return Treatment(value_dtype=None if values == "dtype" else values).pairs(density)
+        return Treatment(value_dtype=None if values == "dtype" else values).pairs(density, dtype)
     return layout == "paired"
 
 

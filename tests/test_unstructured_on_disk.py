@@ -92,7 +92,7 @@ def test_pairs_come_back(save, tmp_path):
 
 @pytest.mark.parametrize(("paired", "found"), [(None, [False, True]), (True, [True, True]), (False, [False, False])])
 def test_few_non_zeros_are_stored_in_pairs_unless_told_otherwise(paired, found):
-    model = make(dataclasses.replace(OPT_TINY, layers=1))
+    model = make(dataclasses.replace(OPT_TINY, layers=1, dtype="bfloat16"))
     layers = model.layers[0].fc1, model.layers[0].fc2
     for layer, every in zip(layers, (3, 5), strict=True):  # a third and a fifth of the weights are left
         kernel = layer.kernel[...]
@@ -110,8 +110,20 @@ def test_eight_bits_are_compressed_wherever_others_are():
 
 def test_eight_bits_are_stored_in_pairs_unless_single_ones_are_asked_for():
     for density in (0.1, 0.5):
-        assert Treatment(value_dtype="int8").pairs(density)
-        assert not Treatment(value_dtype="int8", paired=False).pairs(density)
+        assert Treatment(value_dtype="int8").pairs(density, "float16")
+        assert not Treatment(value_dtype="int8", paired=False).pairs(density, "float16")
+
+
+@pytest.mark.parametrize("value_dtype", [None, "int8"])
+def test_what_no_kernel_takes_is_stored_in_pairs_only_when_asked_for(value_dtype):
+    """Pairs take more bytes, and XLA does not gain by them."""
+    kernel = np.zeros((64, 64), np.float32)
+    kernel[::8] = 1
+    for dtype, paired, found in ((None, None, False), (jnp.bfloat16, None, True), (None, True, True)):
+        layer = nnx.Linear(64, 64, use_bias=False, dtype=dtype, rngs=nnx.Rngs(0))
+        layer.kernel[...] = jnp.asarray(kernel)
+        model = compress(nnx.List([layer]), [("", Treatment(value_dtype=value_dtype, paired=paired))])
+        assert [layer.paired for _, layer in compressed_layers(model)] == [found]
 
 
 def test_transformers_is_not_led_to_believe_that_it_can_load_it(tmp_path, compressed):

@@ -42,8 +42,9 @@ class Treatment:
         value_dtype: "int8" or "float8_e4m3fn" rounds what is left to 8 bits, with a scale for each output: the
             quickest up to two thirds of zeros. None does not round.
         paired: whether they are stored two by two (`UnstructuredWeights`): more bytes, fewer instructions. None stores
-            so what the kernel is quicker for: values of 8 bits, and those of which a share below `PAIRED_BELOW` is not
-            zero. False with 8 bits takes the least memory, but more time than a dense product.
+            so what the kernel is quicker for: in bfloat16 and float16, which it takes, values of 8 bits, and those of
+            which a share below `PAIRED_BELOW` is not zero. False with 8 bits takes the least memory, but more time than
+            a dense product.
     """
 
     max_density: float | None = None
@@ -60,9 +61,11 @@ class Treatment:
         """Whether a layer of this density is compressed."""
         return density <= (BREAK_EVEN if self.max_density is None else self.max_density)
 
-    def pairs(self, density: float) -> bool:
-        """Whether weights of this density are stored in pairs."""
-        return self.paired if self.paired is not None else density < PAIRED_BELOW or self.value_dtype is not None
+    def pairs(self, density: float, dtype: jnp.dtype | str) -> bool:
+        """Whether weights of this density, which compute in `dtype`, are stored in pairs."""
+        if self.paired is not None:
+            return self.paired
+        return jnp.dtype(dtype).itemsize == 2 and (density < PAIRED_BELOW or self.value_dtype is not None)
 
 
 type Rules = Sequence[tuple[str, Treatment | None]]
@@ -120,7 +123,7 @@ def compress[M: nnx.Module](
         del kernels
         row = {"layer": name, "density": density, "bytes": dense_bytes, "dense_bytes": dense_bytes}
         if treatment.compresses(density):
-            row["bytes"] = _compress_one(model, name, treatment.value_dtype, treatment.pairs(density))
+            row["bytes"] = _compress_one(model, name, treatment, density)
         if report:
             report(row)
     return model
@@ -131,17 +134,19 @@ def _kernels(layer: Any) -> list[Array]:
     return [layer.kernel[...]] if isinstance(layer, nnx.Linear) else [getattr(layer, part)[...] for part in STACKS]
 
 
-def _compress_one(model: Any, name: str, value_dtype: str | None, paired: bool) -> int:
+def _compress_one(model: Any, name: str, treatment: Treatment, density: float) -> int:
     """Puts what is compressed in place of a layer, or of a mixture's stacks; its bytes."""
     layer = _get(model, name)
+    dtype = jnp.dtype(layer.dtype or _kernels(layer)[0].dtype)
+    how = treatment.value_dtype, treatment.pairs(density, dtype)
     if isinstance(layer, nnx.Linear):
-        compressed = UnstructuredLinear.from_linear(layer, name, value_dtype, paired)
+        compressed = UnstructuredLinear.from_linear(layer, name, *how)
         replace(model, name, compressed)
         return compressed.weights.nbytes
     total = 0
     for part, into_rows in STACKS.items():
-        stack = getattr(layer, part)[...].astype(layer.dtype)
-        weights = UnstructuredWeights.from_dense(into_rows(stack), value_dtype, paired)
+        stack = getattr(layer, part)[...].astype(dtype)
+        weights = UnstructuredWeights.from_dense(into_rows(stack), *how)
         del stack
         setattr(layer, part, UnstructuredLinear(weights, None))
         total += weights.nbytes
