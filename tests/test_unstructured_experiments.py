@@ -169,8 +169,8 @@ def test_a_random_model_is_never_dense_as_a_whole(monkeypatch):
     config = OPTConfig(vocab_size=64, layers=3, d_model=32, heads=2, d_ff=32, max_length=64)
     alive, convert = [], opt_decode_pruned.UnstructuredLinear.from_linear
 
-    def counted(linear, paired):
-        layer = convert(linear, paired=paired)
+    def counted(linear, **how):
+        layer = convert(linear, **how)
         kernels = [x for x in jax.live_arrays() if x.shape == (32, 32)]
         alive.append(len(kernels))
         return layer
@@ -201,6 +201,33 @@ def test_weights_that_were_lost_on_the_way_are_found(name):
     values.set_value(jnp.full_like(values[...], 0.07))
     with pytest.raises(RuntimeError, match="must have an error of 1e-05 at most; got .* for 2 tokens"):
         opt_decode_pruned.check_block(model, kernels, config)
+
+
+@pytest.mark.parametrize("values", ["int8", "float8_e4m3fn"])
+def test_values_of_8_bits_may_have_their_rounding_and_no_more(values):
+    config = opt.config_of("tiny", "float32")
+    model, kernels = opt_decode_pruned.random_opt(config, 0.7, jax.random.key(0), value_dtype=values)
+    (error,) = opt_decode_pruned.check_block(model, kernels, DECODE, values).values()
+    assert 0.2 * opt_decode_pruned.ROUNDING[values] < error < opt_decode_pruned.ROUNDING[values]
+    with pytest.raises(RuntimeError, match="must have an error of 1e-05 at most"):
+        opt_decode_pruned.check_block(model, kernels, DECODE)
+    scales = opt_decode_pruned._linears(model.layers[len(model.layers) // 2])["fc2"].parts.scales
+    scales.set_value(1.05 * scales[...])
+    with pytest.raises(RuntimeError, match="must have an error of"):
+        opt_decode_pruned.check_block(model, kernels, DECODE, values)
+
+
+def test_each_kind_of_values_is_measured_and_the_dense_model_once(pruned, monkeypatch, tmp_path):
+    monkeypatch.setattr(opt, "time_decode", lambda *arguments, **options: (1.0, None))
+    random = dataclasses.replace(DECODE, value_dtypes=("int8", "dtype"), dtype="bfloat16")
+    for config in random, dataclasses.replace(random, source=str(pruned)):
+        with Run.start("opt_decode_pruned", config, root=tmp_path) as run:
+            rows = opt_decode_pruned.run(config, run)
+        assert [row["variant"] for row in rows] == ["dense", "paired", "unstructured"]
+        assert [row.get("values") for row in rows] == [None, "int8", "dtype"]
+        assert rows[1]["error"] > 2 * rows[2]["error"] > 0
+        text, _ = opt_decode_pruned.readme({"rows": rows})
+        assert [line.split("|")[2].strip() for line in text.splitlines()[-3:]] == ["dense", "70%, int8, paired", "70%"]
 
 
 def test_a_pruned_model_is_measured_as_it_is_and_compressed(pruned, monkeypatch):
@@ -238,9 +265,10 @@ def test_what_does_not_fit_is_said_and_not_made(monkeypatch, capsys):
     (row,) = opt_decode_pruned.measure_model(config, "1.3b", 0.0)
     assert row["memory_gib"] == pytest.approx(2 * 1.316e9 / 2**30, rel=0.01) and "time_ms" not in row
     assert "1.3b at 0% needs 2 of 2 GiB: left out" in capsys.readouterr().out
-    pruned = opt_decode_pruned.bytes_needed(opt.config_of("1.3b", "bfloat16"), 0.7, paired=False)
     blocks = 24 * 12 * 2048**2  # all other parameters stay dense
-    assert pruned == pytest.approx(2 * (1.316e9 - blocks) + 1.1 * (0.6 + 1 / 8) * blocks, rel=0.01)
+    for how, element in (({}, 0.6 + 1 / 8), ({"value_dtype": "int8", "paired": True}, 0.51 + 1 / 16)):
+        pruned = opt_decode_pruned.bytes_needed(opt.config_of("1.3b", "bfloat16"), 0.7, **how)
+        assert pruned == pytest.approx(2 * (1.316e9 - blocks) + 1.1 * element * blocks, rel=0.01)
     text, _ = opt_decode_pruned.readme({"rows": [row]})
     assert "| opt-1.3b | dense |     2 |          – |" in text
 
@@ -269,6 +297,7 @@ def test_the_largest_batch_is_reckoned_from_bytes(monkeypatch):
         ("opt_decode_pruned", ["--models", "14b"], "size must be one of tiny, 125m"),
         ("opt_decode_pruned", ["--sparsities", "70"], "sparsities must be 0 to 1"),
         ("opt_decode_pruned", ["--batches", "0"], "batches must be at least 1"),
+        ("opt_decode_pruned", ["--value-dtypes", "int4"], "value_dtypes must be some of dtype, int8"),
         ("opt_decode_pruned", ["--context", "253"], "context and steps must fit into the 256 positions of tiny"),
     ],
 )
