@@ -140,7 +140,7 @@ def capacity() -> int | None:
     if devices[0].platform == "cpu":
         return _host_memory() // len(devices)
     stats = [device.memory_stats() for device in devices]
-    return min((int(s["bytes_limit"]) for s in stats if s and "bytes_limit" in s), default=None)
+    return min((int(limit) for s in stats if s and (limit := s.get("bytes_limit"))), default=None)  # 0: cuda_async's
 
 
 def _host_memory() -> int:
